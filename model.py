@@ -1,0 +1,437 @@
+"""The decoder: a Llama-style transformer in four sizes, its next-token loss, and sampling.
+
+    python model.py                                      # the table of sizes
+    python model.py runs/11m-meta --prompt "Returns the" # a sample from a trained run
+
+Architecture after Touvron et al. 2023 (arXiv 2302.13971) as the paper configures it: 12 layers, 12 query heads
+that share 4 key/value heads (GQA, arXiv 2305.13245), rotary positions (arXiv 2104.09864), RMSNorm, SwiGLU, no
+biases, untied embeddings. Parameter names and the rotary convention are those of Hugging Face's LlamaForCausalLM.
+"""
+import argparse
+import codecs
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SIZES = {"11m": 96, "65m": 384, "181m": 768, "570m": 1536}  # name -> d_model
+
+
+@dataclass
+class Config:
+    """Everything that fixes the decoder's shape; the defaults are the paper's, at 11m."""
+    d_model: int = 96
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12       # query heads
+    n_kv_head: int = 4     # key/value heads, each shared by n_head / n_kv_head query heads
+    context: int = 2048    # longest sequence, in tokens
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_head
+
+    @property
+    def d_ff(self):
+        return 4 * self.d_model
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019), in float32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+def rope_tables(config, device=None):
+    """Cosines and sines of the rotary angles, each (context, head_dim), float32; both halves of a head repeat
+    the same head_dim / 2 frequencies (the "rotate-half" convention)."""
+    half = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    angles = torch.arange(config.context, device=device).float()[:, None] * config.rope_theta ** -half
+    angles = torch.cat([angles, angles], dim=1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + head_dim/2]) of x (B, T, heads, head_dim) by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, kv = config.d_model, config.n_kv_head * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, kv, bias=False)
+        self.v_proj = nn.Linear(d, kv, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def qkv(self, x, cos, sin):
+        """x (B, T, D) -> queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim)."""
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x, cos, sin)
+        if cache is not None:  # a dict of the keys and values of the tokens before x, for sampling
+            if cache:
+                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
+            cache.update(k=k, v=v)
+        causal = T == k.shape[2]  # otherwise x is the one newest token, which may see everything
+        with attention_kernel(q, k):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+def attention_kernel(q, k):
+    """Context that picks the kernel of scaled_dot_product_attention. In bf16 on a CPU the fused kernel's backward
+    pass is slow on short rows: plain batched products took 18 ms instead of 29 at 8 x 256 tokens and 20 instead of
+    144 at 128 x 64 (forward and backward of one layer, 12 heads of width 8, two cores). They hold one layer's
+    (B, heads, T, T) scores, so they serve only while these fit the allocator's fast path."""
+    score_bytes = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and score_bytes <= CPU_BLOCK:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
+CPU_BLOCK = 26_000_000  # bytes; glibc takes larger blocks fresh from the kernel each time, at 20 ms in page faults
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Token ids (B, T) -> final hidden states (B, T, D), float32: all that a meta step needs of the decoder."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)  # (context, head_dim)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, ids, caches=None):
+        start = caches[0]["k"].shape[2] if caches and caches[0] else 0  # tokens already in the cache
+        cos, sin = (table[start:start + ids.shape[1], None] for table in (self.cos, self.sin))  # (T, 1, head_dim)
+        x = self.embed_tokens(ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, caches[i] if caches else None)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """The language model: `model`, the backbone, and `lm_head`, which scores the vocabulary.
+
+    Weights are drawn from `generator` (N(0, 0.02), the two projections that write to the residual stream scaled
+    by 1 / sqrt(2 n_layer), after GPT-2)."""
+
+    def __init__(self, config, generator=None):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2 and not p.is_meta:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
+                nn.init.normal_(p, std=0.02 * scale, generator=generator)
+
+    def forward(self, ids, caches=None):
+        """Logits (B, T, V) of the token after each of ids (B, T). Training uses `loss`, which never holds them all."""
+        return self.lm_head(self.model(ids, caches))
+
+    def loss(self, ids, targets):
+        """Mean next-token cross-entropy in nats of ids (B, T) against targets (B, T), as a scalar tensor."""
+        return cross_entropy(self.model(ids).flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of hidden (N, D) @ weight.T (V, D) against targets (N,), a block of rows at a time.
+
+    The gradients are formed in the forward pass, while a block's logits are at hand, so that (N, V) is never
+    held and never computed twice (the idea of Liger Kernel and Cut Cross-Entropy, arXiv 2411.09009)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, with_grad):
+        n, device = hidden.shape[0], hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        weight_low = weight.to(dtype)
+        # A block of logits that stays in the allocator's fast path: 128 rows of 50304 in fp32 took 9 ms, 256 took 60.
+        block = (CPU_BLOCK if device == "cpu" else 2 ** 28) // (weight_low.element_size() * len(weight))
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_weight = torch.zeros_like(weight) if with_grad else None
+        for start in range(0, n, max(1, block)):
+            rows = slice(start, start + max(1, block))
+            h, target = hidden[rows].to(dtype), targets[rows]
+            logits = h @ weight_low.T                                 # (rows, V)
+            if not with_grad:
+                total += F.cross_entropy(logits.float(), target, reduction="sum")
+                continue
+            probs = logits.softmax(dim=1)
+            at = torch.arange(len(target), device=target.device), target
+            total -= probs[at].float().clamp_min(1e-38).log().sum()
+            probs[at] -= 1                                            # d loss / d logits = softmax - one-hot
+            grad_hidden[rows] = (probs @ weight_low) / n
+            grad_weight += probs.T @ h
+        if with_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight.div_(n))
+        return total / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None, None
+
+
+def cross_entropy(hidden, weight, targets):
+    """Mean of -log softmax(hidden @ weight.T)[targets] in nats: hidden (N, D), weight (V, D), targets (N,) -> scalar."""
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+def fingerprint(state):
+    """SHA-256, in hex, of a nested dict or list of tensors and plain values."""
+    sha = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().contiguous()
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            sha.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
+        elif isinstance(value, (dict, list, tuple)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                sha.update(repr(key).encode())
+                add(item)
+        else:
+            sha.update(repr(value).encode())
+
+    add(state)
+    return sha.hexdigest()
+
+
+def save_checkpoint(folder, state):
+    """Write state to folder/ckpt.pt so that a whole checkpoint exists at every instant: to a temporary file first,
+    flushed to the disk; the one before is kept as ckpt-previous.pt."""
+    folder = Path(folder)
+    new, temporary = folder / "ckpt.pt", folder / "ckpt.pt.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state | {"sha256": fingerprint(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if new.exists():
+            os.replace(new, folder / "ckpt-previous.pt")
+        os.replace(temporary, new)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder, device="cpu"):
+    """The newest whole checkpoint in a run's folder, checked against its SHA-256. Raises ValueError if there is none."""
+    problems = []
+    for name in ("ckpt.pt", "ckpt-previous.pt"):
+        try:
+            state = torch.load(Path(folder) / name, map_location=device, weights_only=True)
+            if state.pop("sha256") == fingerprint(state):
+                if problems:
+                    print(f"{folder}: {problems[0]}; using {name}, of step {state['step']}", file=sys.stderr)
+                return state
+            problems.append(f"{name} is damaged (its checksum is wrong)")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except Exception as error:  # a truncated or altered archive fails in many ways
+            problems.append(f"{name} is damaged ({type(error).__name__})")
+    raise ValueError(f"no usable checkpoint in {folder}: " + ", ".join(problems))
+
+
+def load_run(folder, device="cpu"):
+    """(decoder, config.json as a dict) of a trained run. Raises ValueError if the folder holds none."""
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        config = Config(SIZES[settings["size"]], settings["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is not a run: it has no readable config.json (train.py makes runs)") from None
+    decoder = Decoder(config)
+    try:
+        decoder.load_state_dict(load_checkpoint(folder)["model"])
+    except (KeyError, RuntimeError):
+        raise ValueError(f"the checkpoint in {folder} does not fit its config.json") from None
+    return decoder.to(device), settings
+
+
+# ---- cost --------------------------------------------------------------------------------------------------
+
+def backbone_flops(config, rows, length):
+    """Model FLOPs of one forward pass over rows x length tokens: two for each weight and token in the layers'
+    matrix products, and four for each pair of positions and channel in attention (the mask is not deducted)."""
+    d, kv = config.d_model, config.n_kv_head * config.head_dim
+    weights = config.n_layer * (2 * d * d + 2 * d * kv + 3 * d * config.d_ff)
+    return rows * length * (2 * weights + 4 * config.n_layer * length * d)
+
+
+def lm_flops(config, rows, length):
+    """Model FLOPs of a next-token training step: forward once, backward twice, the output layer included."""
+    return 3 * (backbone_flops(config, rows, length) + 2 * rows * length * config.d_model * config.vocab_size)
+
+
+# ---- where it runs -----------------------------------------------------------------------------------------
+
+def pick_device(name=None):
+    """torch.device: the named one, or the best that is here (cuda, then mps, then cpu). Raises ValueError."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or best)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {name} cannot be used ({str(error).splitlines()[0][:80]}): try --device {best}") from None
+    return device
+
+
+def precision(device):
+    """Autocast to bf16 where the hardware computes in it: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX (four
+    times float32 in matrix products there, where other CPUs emulate it slowly). Else float32, everywhere."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # plain attention in bf16, not widened (CPU too)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, generator=None, stop=None, use_cache=True):
+    """Continue ids (list of int) by up to n_tokens and yield each new id. temperature 0 takes the likeliest; ids of
+    n_ids and above (padding) are never drawn; `stop` ends the text. With the cache each token costs one position;
+    beyond the decoder's context the oldest half is forgotten."""
+    device, context = decoder.lm_head.weight.device, decoder.config.context
+    ids, caches = list(ids), None
+    for _ in range(n_tokens):
+        if caches is None or caches[0]["k"].shape[2] >= context:
+            caches = [{} for _ in decoder.model.layers]
+            seen = ids[-context:] if len(ids) <= context else ids[-context // 2:]
+        else:
+            seen = ids[-1:]
+        logits = decoder(torch.tensor([seen], device=device), caches)[0, -1, :n_ids].float().cpu()
+        if not use_cache:
+            caches = None
+        if temperature > 0:
+            if top_k:
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -float("inf")
+            new = torch.multinomial((logits / temperature).softmax(dim=0), 1, generator=generator).item()
+        else:
+            new = logits.argmax().item()
+        if new == stop:
+            return
+        ids.append(new)
+        yield new
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line, with exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def table_of_sizes():
+    lines = [f"{'size':>5} {'d_model':>8} {'head_dim':>9} {'layers':>7} {'parameters':>12}  of these in the layers"]
+    for name, d_model in SIZES.items():
+        with torch.device("meta"):
+            decoder = Decoder(Config(d_model))
+        total, layers = (sum(p.numel() for p in m.parameters()) for m in (decoder, decoder.model.layers))
+        lines.append(f"{name:>5} {d_model:>8} {decoder.config.head_dim:>9} {decoder.config.n_layer:>7} {total:>12,}  {layers / total:.0%}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = Parser(description="Print the table of model sizes, or a sample from a trained run.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", nargs="?", help="folder of a trained run, such as runs/11m-meta (default: print the sizes)")
+    parser.add_argument("--prompt", default="Returns the", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to add at most; the end of a document ends the text")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest tokens; 0: among all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best that is here)")
+    args = parser.parse_args()
+    if args.run is None:
+        print(table_of_sizes())
+        return
+    import data
+    if args.tokens < 0 or args.top_k < 0 or args.seed < 0 or not 0 <= args.temperature < float("inf"):
+        parser.error("--tokens, --temperature, --top-k and --seed must not be negative")
+    try:
+        device = pick_device(args.device)
+        decoder, _ = load_run(args.run, device)
+        encoding = data.load_encoding(args.run)
+    except (ValueError, data.DataError) as error:
+        parser.error(str(error))
+    ids = encoding.encode_ordinary(args.prompt) or [encoding.encode_single_token(data.END)]
+    pieces = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span two tokens
+    print(args.prompt, end="", flush=True)
+    end = encoding.encode_single_token(data.END)
+    with precision(device):
+        for token in generate(decoder.eval(), ids, args.tokens, args.temperature, args.top_k, end + 1,
+                              torch.Generator().manual_seed(args.seed), stop=end):
+            print(pieces.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+    print(pieces.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    main()

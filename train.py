@@ -1,0 +1,340 @@
+"""Pretrain a small language model, with or without meta-learning.
+
+    python train.py --size 11m --meta          # hybrid: next-token steps and first-order MAML steps, by a coin
+    python train.py --size 11m                 # vanilla: next-token steps only
+
+Writes runs/<name>/: config.json, metrics.jsonl (a JSON object a line), ckpt.pt, dynamics.png. Every random choice
+is a function of --seed and a step number, so a vanilla and a hybrid run see the same text in the same order.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import probe
+from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, meta_flops, meta_loss
+from model import SIZES, Config, Decoder, Parser, generate, lm_flops, load_checkpoint, pick_device, precision, save_checkpoint
+
+FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
+FLUSH_EVERY = 10  # updates between looks at the losses: on a GPU a look waits for the device
+EVAL_TOKENS, EVAL_BATCH = 16_384, 8  # validation tokens, and windows at a time
+
+
+def parse(argv=None):
+    parser = Parser(description="Pretrain a small decoder on next-token prediction, mixed with meta-learning (--meta).",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def number(kind, low, high=math.inf):
+        def convert(text):
+            value = kind(text)
+            if not low <= value <= high or value == math.inf:  # NaN fails too
+                raise argparse.ArgumentTypeError(f"{text} is not {'at least ' + str(low) if high == math.inf else f'in {low} to {high}'}")
+            return value
+        convert.__name__ = "whole number" if kind is int else "number"
+        return convert
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--name", help="folder of the run (default: SIZE-meta or SIZE-vanilla, then -sN for seed N > 0)")
+    run.add_argument("--runs", default="runs", help="folder that holds the runs")
+    run.add_argument("--seed", type=number(int, 0), default=0, help="source of every random choice")
+    run.add_argument("--resume", action="store_true", help="continue a stopped run; --steps may be raised")
+    run.add_argument("--device", help="cuda, mps or cpu (default: the best that is here)")
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+    run.add_argument("--eval-every", type=number(int, 1), default=100, help="updates between evaluations and checkpoints")
+    run.add_argument("--probe-every", type=number(int, 1), default=100, help="updates between probes, after a dense start (1, 2, 4, ...)")
+
+    model = parser.add_argument_group("model and text")
+    model.add_argument("--size", choices=SIZES, default="11m", help="parameters of the decoder with 50304 words")
+    model.add_argument("--data", help="UTF-8 text file or folder of .txt (default: the documentation on this machine)")
+    model.add_argument("--tokenizer", choices=["bpe", "gpt2"], default="bpe", help="bpe is learnt from the text; gpt2 is fetched once")
+    model.add_argument("--vocab-size", type=number(int, 260, 65536), default=50304, help="4096 makes a laptop several times faster")
+    model.add_argument("--cache", help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
+
+    fit = parser.add_argument_group("training")
+    fit.add_argument("--steps", type=number(int, 1), default=1200, help="updates")
+    fit.add_argument("--batch-size", type=number(int, 1), default=16, help="sequences per next-token update")
+    fit.add_argument("--seq-len", type=number(int, 2, 2048), default=128, help="tokens per sequence")
+    fit.add_argument("--grad-accum", type=number(int, 1), default=1, help="micro-batches per update")
+    fit.add_argument("--lr", type=number(float, 0), help="peak learning rate of AdamW (default: 0.5 / d_model)")
+    fit.add_argument("--warmup", type=number(float, 0, 1), default=0.05, help="share of the updates in which lr rises; then it falls to 0")
+
+    meta = parser.add_argument_group("meta-learning")
+    meta.add_argument("--meta", action="store_true", help="mix in meta steps")
+    meta.add_argument("--hybrid-ratio", type=number(float, 0, 1), default=0.5, help="probability that an update is a meta step")
+    meta.add_argument("--n-way", type=number(int, 2), default=32, help="words per episode")
+    meta.add_argument("--k-shot", type=number(int, 1), default=4, help="support examples per word")
+    meta.add_argument("--n-query", type=number(int, 1), default=2, help="query examples per word")
+    meta.add_argument("--episode-len", type=number(int, 2, 2048), default=64, help="tokens per example; the last is the masked word")
+    meta.add_argument("--inner", choices=["head", "all"], default="head", help="what the inner loop adapts")
+    meta.add_argument("--inner-steps", type=number(int, 0), default=10, help="SGD steps on the support set")
+    meta.add_argument("--inner-lr", type=number(float, 0), default=0.1, help="their learning rate")
+    meta.add_argument("--head", choices=["slots", "words"], default="slots", help="fresh labels in each episode, or a row per word")
+    meta.add_argument("--second-order", action="store_true", help="full MAML: differentiate through the inner loop")
+    args = parser.parse_args(argv)
+
+    if args.batch_size % args.grad_accum:
+        parser.error(f"--batch-size {args.batch_size} must be a multiple of --grad-accum {args.grad_accum}")
+    if args.lr is None:
+        args.lr = 0.5 / SIZES[args.size]
+    if args.name is None:
+        args.name = f"{args.size}-{'meta' if args.meta else 'vanilla'}" + (f"-s{args.seed}" if args.seed else "")
+    if Path(args.name).name != args.name or args.name in (".", ".."):
+        parser.error(f"--name {args.name} must be a plain folder name; --runs says where it lies")
+    return args, parser
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then linear decay to zero at the last update (the paper's schedule, at any length)."""
+    warmup = max(1, round(args.warmup * args.steps))
+    return args.lr * min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
+
+
+def is_meta_step(step, args):
+    """The coin of step `step`: a function of the seed alone."""
+    return args.meta and np.random.default_rng([args.seed, step, 2]).random() < args.hybrid_ratio
+
+
+@torch.no_grad()
+def evaluate(decoder, head, corpus, windows, fewshot, args, device):
+    """The figures of an evaluation line: next-token loss on validation windows (W, T+1), few-shot accuracy."""
+    losses = [decoder.loss(w[:, :-1], w[:, 1:]).item() * len(w) for w in windows.to(device).split(EVAL_BATCH)]
+    nats = sum(losses) / len(windows)
+    n_bytes = corpus.token_bytes[windows[:, 1:].numpy()].sum()
+    report = {"val_loss": nats, "bits_per_byte": nats * windows[:, 1:].numel() / math.log(2) / max(1, n_bytes)}
+    return report | evaluate_fewshot(decoder.model, head, fewshot, args.n_way, args.k_shot, device,
+                                     args.inner, args.inner_steps, args.inner_lr)
+
+
+def open_run(args, settings):
+    """Make the run's folder, or check that the one that is there may be continued. Raises ValueError.
+
+    Returns the checkpoint to continue from, or None."""
+    folder = Path(args.runs) / args.name
+    config = folder / "config.json"
+    if not config.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds files but no run: choose another --name")
+        folder.mkdir(parents=True, exist_ok=True)
+        return None
+    try:
+        old = json.loads(config.read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{config} cannot be read: choose another --name") from None
+    differing = [key for key in settings if key in vars(args) and key not in FREE_FLAGS and old.get(key) != settings[key]]
+    if differing:
+        changes = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} there, {settings[key]} now" for key in differing)
+        raise ValueError(f"{folder} holds another configuration ({changes}): choose another --name")
+    if old.get("corpus_sha256") != settings["corpus_sha256"]:
+        raise ValueError(f"{folder} was trained on another text (its SHA-256 differs): choose another --name")
+    if not any(folder.glob("ckpt*.pt")):
+        return None  # it was stopped before its first update
+    checkpoint = load_checkpoint(folder)
+    if checkpoint["step"] >= args.steps:
+        print(f"{folder} is finished ({checkpoint['step']} updates). Look: python probe.py {folder}; "
+              "go on: --resume with more --steps; start anew: --name NAME")
+        sys.exit(0)
+    if not args.resume:
+        raise ValueError(f"{folder} has stopped at update {checkpoint['step']} of {args.steps}: add --resume to continue, or choose another --name")
+    return checkpoint
+
+
+def in_words(device):
+    """The device as the log names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def write_atomically(path, content):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(temporary, path)
+
+
+def open_log(path, last_step):
+    """metrics.jsonl, opened to append, without a torn last line and lines after the checkpoint at last_step; and
+    the lines that stay."""
+    kept = [line for line in probe.read_metrics(path)[0] if line["step"] <= last_step] if path.exists() else []
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return open(path, "a"), kept
+
+
+def train(args):
+    """Run the job that args describes and return its exit code. Raises ValueError and DataError for what a user can mend."""
+    device = pick_device(args.device)
+    corpus = data.load(args.data, args.tokenizer, args.vocab_size, args.cache, args.quiet)
+    for part, tokens, rows in (("training", corpus.train, args.batch_size), ("validation", corpus.val, 1)):
+        if len(tokens) <= (rows + 1) * args.seq_len:
+            raise data.DataError(f"the text is too short: its {part} part has {len(tokens)} tokens, one batch needs "
+                                 f"{(rows + 1) * args.seq_len + 1}; use more text, or a smaller --batch-size or --seq-len")
+    sampler = data.EpisodeSampler(corpus, args.n_way, args.k_shot, args.n_query, args.episode_len) if args.meta else None
+    windows = data.validation_windows(corpus.val, args.seq_len, max(1, EVAL_TOKENS // args.seq_len))
+    fewshot = data.fewshot_rows(corpus, args.episode_len, args.k_shot + FEWSHOT_QUERIES)
+
+    generator = torch.Generator().manual_seed(args.seed)  # weights are drawn on the CPU: all devices start alike
+    config = Config(SIZES[args.size], corpus.vocab_size)
+    decoder = Decoder(config, generator).to(device)
+    head = MetaHead(config.d_model, args.head, args.n_way, len(corpus.index.words), generator).to(device) if args.meta else None
+    parameters = [p for module in (decoder, head) if module for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    settings = vars(args) | {
+        "parameters": sum(p.numel() for p in decoder.parameters()),
+        "head_parameters": sum(p.numel() for p in head.parameters()) if head else 0,
+        "corpus": corpus.info["source"], "corpus_sha256": corpus.info["sha256"], "device_name": in_words(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    checkpoint = open_run(args, settings)
+    folder = Path(args.runs) / args.name
+    spent = {"step": 0, "lm_steps": 0, "tokens": 0, "flops": 0, "seconds": 0.0}
+    if checkpoint:
+        decoder.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if head:
+            head.load_state_dict(checkpoint["head"])
+        spent = checkpoint["spent"]
+    write_atomically(folder / "config.json", json.dumps(settings, indent=1))
+    write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
+    log, lines = open_log(folder / "metrics.jsonl", spent["step"] if checkpoint else -1)
+    if device.type == "cuda":
+        decoder.model.compile()
+    autocast = precision(device)
+
+    def lm_micro_batch(i):
+        rows = args.batch_size // args.grad_accum
+        ids, targets = data.lm_batch(corpus.train, spent["lm_steps"] * args.grad_accum + i, rows, args.seq_len, args.seed)
+        loss = decoder.loss(ids.to(device), targets.to(device))
+        return {"loss": loss}, ids.numel(), lm_flops(config, rows, args.seq_len)
+
+    def meta_micro_batch(i):
+        episode = sampler.draw(args.seed, spent["step"], i).to(device)
+        loss, support, query = meta_loss(decoder.model, head, episode, args.inner, args.inner_steps, args.inner_lr, args.second_order)
+        flops = meta_flops(config, head, args.n_way, args.k_shot, args.n_query, args.episode_len,
+                           args.inner, args.inner_steps, args.second_order)
+        return ({"loss": loss, "support_accuracy": support, "query_accuracy": query},
+                episode.support_ids.numel() + episode.query_ids.numel(), flops)
+
+    def update():
+        """One optimizer step on `grad_accum` micro-batches of one kind. Returns its log line, still holding tensors."""
+        meta_step = is_meta_step(spent["step"], args)
+        lr = learning_rate(spent["step"], args)
+        line = {"kind": "meta", "n_way": args.n_way, "chance": 1 / args.n_way} if meta_step else {"kind": "lm"}
+        for i in range(args.grad_accum):
+            with autocast:
+                figures, tokens, flops = meta_micro_batch(i) if meta_step else lm_micro_batch(i)
+            (figures["loss"] / args.grad_accum).backward()
+            for key, value in figures.items():
+                line[key] = line.get(key, 0.0) + value.detach() / args.grad_accum
+            spent["tokens"] += tokens
+            spent["flops"] += flops
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        line |= {"lr": lr, "grad_norm": torch.nn.utils.clip_grad_norm_(parameters, 1.0)}
+        optimizer.step()
+        optimizer.zero_grad()
+        spent["step"] += 1
+        spent["lm_steps"] += not meta_step
+        return costs() | line
+
+    def is_evaluation(step):
+        return step % args.eval_every == 0 or step == args.steps
+
+    def is_probe(step):
+        return probe.is_probe_step(step, args.probe_every, args.steps)
+
+    def costs():
+        return {key: spent[key] for key in ("step", "tokens", "flops", "seconds")}
+
+    def write(records):
+        log.writelines(json.dumps(record) + "\n" for record in records)
+        log.flush()
+        lines.extend(records)
+
+    def write_updates():
+        """Log the updates since the last call: here, and only here, the host waits for the device."""
+        nonlocal pending, mark
+        for line in pending:
+            line.update((key, value.item()) for key, value in line.items() if isinstance(value, torch.Tensor))
+        elapsed = time.perf_counter() - mark[0]
+        for i, line in enumerate(pending, 1):
+            line |= {"seconds": spent["seconds"] + elapsed * i / len(pending),
+                     "tokens_per_second": (spent["tokens"] - mark[1]) / elapsed}
+        spent["seconds"] += elapsed
+        write(pending)
+        bar.update(len(pending))
+        bar.set_postfix_str(status(lines), refresh=False)
+        pending = []
+
+    def save():
+        save_checkpoint(folder, {"step": spent["step"], "spent": dict(spent), "model": decoder.state_dict(),
+                                 "head": head.state_dict() if head else {}, "optimizer": optimizer.state_dict()})
+
+    stop = []  # the number of the signal that asked to stop, if one did
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    looked = {kind: {line["step"] for line in lines if kind in line} for kind in ("val_loss", "head_entropy")}
+    artist = probe.Artist(folder)
+    bar = tqdm(total=args.steps, initial=spent["step"], desc=args.name, unit="step", disable=True if args.quiet else None)
+    while True:
+        step = spent["step"]
+        if is_probe(step) and step not in looked["head_entropy"]:
+            with autocast:
+                write([costs() | probe.measure(decoder, windows[:probe.BATCH].to(device))])
+        if is_evaluation(step) and step not in looked["val_loss"]:
+            with autocast:
+                write([costs() | evaluate(decoder, head, corpus, windows, fewshot, args, device)])
+            save()
+            artist.draw(lines, settings, last=step == args.steps)
+        if step == args.steps or stop:
+            break
+        pending, mark = [], (time.perf_counter(), spent["tokens"])  # the clock runs in updates alone
+        while not pending or not (stop or spent["step"] % FLUSH_EVERY == 0 or is_evaluation(spent["step"]) or is_probe(spent["step"])):
+            pending.append(update())
+        write_updates()
+    bar.close()
+    save()
+    log.close()
+    if stop:
+        print(f"stopped after {spent['step']} of {args.steps} updates, saved; to continue: the same command with --resume", file=sys.stderr)
+        return 128 + stop[0]
+    print(summary(folder, lines, settings, corpus, windows, decoder, device))
+    return 0
+
+
+def status(lines):
+    """The bar's figures: the newest loss of each kind."""
+    newest = {}
+    for line in lines:
+        newest |= {f"{line.get('kind')} {key}": value for key, value in line.items()}
+    parts = [f"loss {newest['lm loss']:.2f}" if "lm loss" in newest else "", f"val {newest['None val_loss']:.2f}" if "None val_loss" in newest else ""]
+    if "meta query_accuracy" in newest:
+        parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
+    return ", ".join(filter(None, parts)) + f", {lines[-1].get('tokens_per_second', 0):,.0f} tok/s"
+
+
+def summary(folder, lines, settings, corpus, windows, decoder, device):
+    return "TODO"
+
+
+def main():
+    args, parser = parse()
+    try:
+        sys.exit(train(args))
+    except (ValueError, data.DataError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("stopped before the first update", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
