@@ -221,11 +221,11 @@ class Corpus:
 
     @cached_property
     def train(self):
-        return np.memmap(self.folder / "train.bin", dtype=np.uint16, mode="r")
+        return map_tokens(self.folder / "train.bin")
 
     @cached_property
     def val(self):
-        return np.memmap(self.folder / "val.bin", dtype=np.uint16, mode="r")
+        return map_tokens(self.folder / "val.bin")
 
     @cached_property
     def mask_id(self):
@@ -241,6 +241,10 @@ class Corpus:
     @cached_property
     def index(self):
         return WordIndex(self)
+
+
+def map_tokens(path):
+    return np.memmap(path, dtype=np.uint16, mode="r") if path.stat().st_size else np.zeros(0, dtype=np.uint16)
 
 
 def cache_root(cache=None):
@@ -479,36 +483,3 @@ class EpisodeSampler:
             ids.append(torch.from_numpy(np.where(asked[rows], self.mask_id, rows)))
         return Episode(ids[0], labels.repeat_interleave(self.k_shot), ids[1], labels.repeat_interleave(self.n_query),
                        torch.from_numpy(classes))
-
-
-@dataclass
-class FewShotRows:
-    """Held-out words in held-out text, for few-shot accuracy: ids (R, L) rows that end at MASK, word (R,) the index
-    of the masked word in WordIndex.words, previous (R,) the token before it. No held-out word stands earlier in a
-    row, so rows never overlap, and one forward pass serves every episode that is drawn from them."""
-    ids: torch.Tensor
-    word: np.ndarray
-    previous: np.ndarray
-
-
-def fewshot_rows(corpus, length, per_word, most_words=96):
-    """FewShotRows with exactly per_word rows for each word that has them; the most_words richest words."""
-    index, tokens = corpus.index, np.asarray(corpus.val)
-    held_out = np.full(corpus.vocab_size, -1)
-    held_out[index.words[index.is_held_out]] = np.flatnonzero(index.is_held_out)
-    ends = index.occurrences(tokens)
-    ends = ends[(held_out[tokens[ends]] >= 0) & (ends >= length - 1)]
-    rows = tokens[ends[:, None] + np.arange(1 - length, 1)].astype(np.int64)  # (R, L)
-    clean = (held_out[rows[:, :-1]] < 0).all(axis=1)
-    rows = rows[clean]
-    words = held_out[rows[:, -1]]
-    kept = []
-    for word, count in sorted(Counter(words.tolist()).items(), key=lambda item: (-item[1], item[0]))[:most_words]:
-        if count >= per_word:
-            at = np.flatnonzero(words == word)
-            kept.append(at[np.linspace(0, len(at) - 1, per_word).astype(int)])  # spread over the documents
-    kept = np.concatenate(kept) if kept else np.zeros(0, dtype=int)
-    ids = rows[kept]
-    previous = ids[:, -2].copy()
-    ids[:, -1] = corpus.mask_id
-    return FewShotRows(torch.from_numpy(ids), words[kept], previous)

@@ -6,6 +6,8 @@ MAML (Finn et al. 2017, arXiv 1703.03400) looks for weights from which a few gra
 task here (SMLMT, Bansal et al. 2020): N words are masked in their contexts; which of them stood where?
 """
 import contextlib
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ class MetaHead(nn.Module):
 
     def forward(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):  # small, and small steps matter: float32
-            return self.out(self.trunk(hidden.float()))
+            return self.out(self.trunk(hidden))
 
     def start(self, words):
         """{name: tensor}: where the inner loop starts. Of a "words" head only the rows of the N words (N,), gathered
@@ -110,21 +112,53 @@ def accuracy(scores, labels):
 
 
 def meta_flops(config, head, n_way, k_shot, n_query, length, inner, inner_steps, second_order):
-    """Model FLOPs of one meta step: a forward pass counts 1, a backward pass 2. The accuracy read-out is left out."""
+    """Model FLOPs of one meta step: a forward pass counts 1, a backward pass 2; the support accuracy costs a forward."""
     weights = sum(layer.weight.numel() for layer in head.trunk[::2]) + n_way * HIDDEN
-    first = head.trunk[0].weight.numel()
-    support, query = n_way * k_shot, n_way * n_query
-    support_backbone, query_backbone = (backbone_flops(config, rows, length) for rows in (support, query))
-    outer = 3 * (query_backbone + 2 * query * weights)
-    if inner == "head" and not second_order:   # no gradient to the constant support states
-        return outer + support_backbone + inner_steps * 2 * support * (3 * weights - first)
-    if inner == "head":                        # each inner step's forward and backward is differentiated again
-        return outer + 3 * support_backbone + inner_steps * 3 * 2 * support * 3 * weights
-    step = 3 * (support_backbone + 2 * support * weights)
-    return outer + inner_steps * step * (3 if second_order else 1)
+    support, query = 2 * n_way * k_shot * weights, 2 * n_way * n_query * weights  # the head, forward
+    support_backbone = backbone_flops(config, n_way * k_shot, length)
+    outer = 3 * (backbone_flops(config, n_way * n_query, length) + query) + support
+    if inner == "head" and not second_order:  # no gradient to the constant support states
+        first = 2 * n_way * k_shot * head.trunk[0].weight.numel()
+        return outer + support_backbone + inner_steps * (3 * support - first)
+    if inner == "head":                       # each inner step, forward and backward, is differentiated again
+        return outer + 3 * support_backbone + inner_steps * 9 * support
+    return outer + support_backbone + inner_steps * (9 if second_order else 3) * (support_backbone + support)
 
 
 # ---- few-shot accuracy on held-out words -------------------------------------------------------------------
+
+@dataclass
+class FewShotRows:
+    """Held-out words in held-out text, for few-shot accuracy: ids (R, L) rows that end at MASK, word (R,) the index
+    of the masked word in WordIndex.words, previous (R,) the token before it. No held-out word stands earlier in a
+    row, so rows never overlap, and one forward pass serves every episode that is drawn from them."""
+    ids: torch.Tensor
+    word: np.ndarray
+    previous: np.ndarray
+
+
+def fewshot_rows(corpus, length, per_word, most_words=96):
+    """FewShotRows with exactly per_word rows for each word that has them; the most_words richest words."""
+    index, tokens = corpus.index, np.asarray(corpus.val)
+    held_out = np.full(corpus.vocab_size, -1)
+    held_out[index.words[index.is_held_out]] = np.flatnonzero(index.is_held_out)
+    ends = index.occurrences(tokens)
+    ends = ends[(held_out[tokens[ends]] >= 0) & (ends >= length - 1)]
+    rows = tokens[ends[:, None] + np.arange(1 - length, 1)].astype(np.int64)  # (R, L)
+    clean = (held_out[rows[:, :-1]] < 0).all(axis=1)
+    rows = rows[clean]
+    words = held_out[rows[:, -1]]
+    kept = []
+    for word, count in sorted(Counter(words.tolist()).items(), key=lambda item: (-item[1], item[0]))[:most_words]:
+        if count >= per_word:
+            at = np.flatnonzero(words == word)
+            kept.append(at[np.linspace(0, len(at) - 1, per_word).astype(int)])  # spread over the documents
+    kept = np.concatenate(kept) if kept else np.zeros(0, dtype=int)
+    ids = rows[kept]
+    previous = ids[:, -2].copy()
+    ids[:, -1] = corpus.mask_id
+    return FewShotRows(torch.from_numpy(ids), words[kept], previous)
+
 
 @torch.no_grad()
 def fewshot_states(backbone, rows, device, batch=64):
@@ -149,11 +183,12 @@ def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", 
     """Few-shot accuracy on held-out words: {fewshot_prototype, fewshot_chance, fewshot_stderr, fewshot_lookup, ...}.
 
     prototype (Snell et al. 2017, without training): the nearest mean of K support states, read before the word. A
-    query whose previous token also stands before a support word is left out of every figure but lookup, which is
-    what that previous token alone would answer. before / after, if there is a head: its accuracy at the mask
-    before and after the inner loop. stderr: of prototype (of after: fewshot_after_stderr), over episodes."""
+    query whose previous token also stands before a support word is left out. lookup: what that previous token alone
+    would answer, on all queries. before / after, if there is a head: its accuracy at the mask before and after the
+    inner loop, on all queries, and as _new on those that prototype is asked. stderr: of prototype, fewshot_after_stderr
+    of after, over episodes, which share their rows."""
     before_mask, at_mask = fewshot_states(backbone, rows, device)
-    results = {"prototype": [], "lookup": [], "before": [], "after": []}
+    results = {name: [] for name in ("prototype", "lookup", "before", "after", "before_new", "after_new")}
     for support, query in fewshot_episodes(rows, n_way, k_shot):
         label = np.arange(n_way).repeat(query.shape[1])
         previous = rows.previous[query.ravel()]
@@ -161,12 +196,11 @@ def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", 
         votes = same.reshape(len(label), n_way, k_shot).sum(axis=2)                     # (N*Q, N)
         share = votes[np.arange(len(label)), label] / np.maximum(votes.sum(axis=1), 1)
         results["lookup"].append(np.where(votes.any(axis=1), share, 1 / n_way).mean())
-        kept = query.ravel()[~same.any(axis=1)]
-        label = torch.from_numpy(label[~same.any(axis=1)])
-        if not len(kept):
+        asked, label, new = query.ravel(), torch.from_numpy(label), torch.from_numpy(~same.any(axis=1))
+        if not new.any():
             continue
         centres = before_mask[support.ravel()].view(n_way, k_shot, -1).mean(dim=1)      # (N, D)
-        results["prototype"].append(accuracy(-torch.cdist(before_mask[kept], centres), label).item())
+        results["prototype"].append(accuracy(-torch.cdist(before_mask[asked], centres)[new], label[new]).item())
         if head is not None:
             module, inputs = (head, at_mask) if inner == "head" else (Learner(backbone, head), rows.ids)
             labels = torch.arange(n_way, device=device).repeat_interleave(k_shot)
@@ -175,8 +209,9 @@ def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", 
                 fast = adapt(module, start, inputs[support.ravel()].to(device), labels, inner_steps, inner_lr)
             with torch.no_grad():
                 for name, parameters in (("before", start), ("after", fast)):
-                    scores = functional_call(module, parameters, (inputs[kept].to(device),))
-                    results[name].append(accuracy(scores.cpu(), label).item())
+                    scores = functional_call(module, parameters, (inputs[asked].to(device),)).cpu()
+                    results[name].append(accuracy(scores, label).item())
+                    results[f"{name}_new"].append(accuracy(scores[new], label[new]).item())
     report = {f"fewshot_{name}": float(np.mean(values)) for name, values in results.items() if values}
     for name, key in (("prototype", "fewshot_stderr"), ("after", "fewshot_after_stderr")):
         if results[name]:

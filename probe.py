@@ -1,16 +1,23 @@
-"""Probes of the learning dynamics, and the pictures made of them.
+"""Probes of the learning dynamics, the pictures made of them, and the comparison of runs.
 
-    from probe import effective_rank, head_entropy
+    python probe.py runs/11m-meta                    # pictures and a table of phases of one run
+    python probe.py runs/11m-vanilla runs/11m-meta   # comparison at equal cost
+    python probe.py runs/11m-meta --live             # a window that follows a running job
 
 Effective rank (Roy & Vetterli 2007): exp of the entropy of the normalised singular values; how many directions a
 matrix really uses. Attention entropy: how many positions a head really looks at.
 """
+import io
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from model import Parser, cross_entropy
 
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 BATCH = 4          # validation windows in the probe batch
@@ -46,8 +53,8 @@ def head_entropy(q, k):
 
 def measure(decoder, batch):
     """The figures of a probe line from validation windows batch (B, T+1): per layer, effective rank and
-    proportional effective rank (over the number of singular values) of hidden states, weights, and gradients of the
-    next-token loss; per layer and head, attention entropy in nats and over ln t, position 0 left out."""
+    proportional effective rank (over the number of singular values) of centred hidden states, weights, and gradients
+    of the next-token loss; per layer and head, attention entropy in nats and over ln t, position 0 left out."""
     layers, cos, sin = decoder.model.layers, decoder.model.cos, decoder.model.sin
     hidden, queries_keys, hooks = [], [], []
     for layer in layers:
@@ -55,13 +62,13 @@ def measure(decoder, batch):
         hooks.append(layer.self_attn.register_forward_pre_hook(
             lambda module, args: queries_keys.append([t.detach() for t in module.qkv(*args[:3])[:2]])))
     try:
-        from model import cross_entropy
         states = decoder.model.forward(batch[:, :-1])  # not the compiled call: hooks see the layers
         cross_entropy(states.flatten(0, 1), decoder.lm_head.weight, batch[:, 1:].flatten()).backward()
     finally:
         for hook in hooks:
             hook.remove()
-    matrices = {"hidden": [[h.flatten(0, 1)] for h in hidden]}
+    centred = [h.flatten(0, 1) - h.flatten(0, 1).mean(dim=0) for h in hidden]  # the mean state would drown the rest
+    matrices = {"hidden": [[h] for h in centred]}
     for name, block, projections in (("attention", "self_attn", ATTENTION), ("mlp", "mlp", FEED_FORWARD)):
         weights = [[getattr(getattr(layer, block), p).weight for p in projections] for layer in layers]
         matrices[name] = weights
@@ -82,7 +89,14 @@ def is_probe_step(step, every, last):
     return step % every == 0 or step == last or (step < every and step & (step - 1) == 0)
 
 
-# ---- the log -----------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
+
+def write_atomically(path, content):
+    """Write text or bytes to path so that it is at every instant the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    temporary.replace(path)
+
 
 def read_metrics(path):
     """(lines, notes): the objects of a metrics.jsonl as far as it is whole, and what was wrong with the rest."""
@@ -91,12 +105,231 @@ def read_metrics(path):
         try:
             line = json.loads(text)
             lines.append(line | {"step": int(line["step"])})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             bad += 1
     return lines, [f"{path}: {bad} unreadable line{'s'[:bad != 1]} left out"] if bad else []
 
 
+def read_run(folder):
+    """(settings, lines, notes) of a run, finished or not. Raises ValueError if the folder holds none."""
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        lines, notes = read_metrics(folder / "metrics.jsonl")
+        settings["name"], settings["steps"], settings["size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is not a run: it needs config.json and metrics.jsonl (train.py makes them)") from None
+    if not any("val_loss" in line for line in lines):
+        raise ValueError(f"{folder} has no evaluation in its log yet")
+    if lines[-1]["step"] < settings["steps"]:
+        notes.append(f"{folder}: still going or stopped, at update {lines[-1]['step']} of {settings['steps']}")
+    return settings, lines, notes
+
+
+def series(lines, *path, x="step"):
+    """(x (S,), values (S, ...)) of one figure of the log, float64, such as series(lines, "effective_rank", "hidden");
+    lines without it are passed over, and so are values that are not finite or not of the usual shape."""
+    found = []
+    for line in lines:
+        value = line
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        try:
+            value = np.array(value, dtype=float)
+        except (TypeError, ValueError):
+            continue
+        if value.size and np.isfinite(value).all() and (not found or value.shape == found[0][1].shape):
+            found.append((line[x], value))
+    return np.array([x for x, _ in found], dtype=float), np.array([v for _, v in found])
+
+
+# ---- phases ------------------------------------------------------------------------------------------------
+
+def smooth(values):
+    """Running mean of three, values (S,); the ends keep two."""
+    padded = np.concatenate([[np.nan], values, [np.nan]])
+    return np.nanmean(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0)
+
+
+def monotone_fit(values):
+    """Least-squares rising fit to values (S,) by pooling adjacent violators (Ayer et al. 1955)."""
+    if not len(values):
+        return values
+    blocks = []  # [mean, size]
+    for value in values:
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, size = blocks.pop()
+            total = blocks[-1][1] + size
+            blocks[-1] = [(blocks[-1][0] * blocks[-1][1] + mean * size) / total, total]
+    return np.concatenate([np.full(size, mean) for mean, size in blocks])
+
+
+def hump(values):
+    """(height, bottom, peak, end) of the best rise and fall in values (S,): indices, with height the smaller of the
+    two; bottom is the lowest point before the peak and end the lowest after it."""
+    before, after = np.minimum.accumulate(values), np.minimum.accumulate(values[::-1])[::-1]
+    heights = values - np.maximum(before, after)
+    peak = int(heights.argmax())
+    return heights[peak], int(values[:peak + 1].argmin()), peak, peak + int(values[peak:].argmin())
+
+
+def phase(steps, values, draws=400):
+    """What one layer's curve values (S,) at steps (S,) does: a dict of bottom, peak and reconverged (the step at which
+    nine tenths of the fall are done), the sizes of rise and fall, p, and a verdict in a word.
+
+    p is the probability of a rise-and-fall of this height in curves that are monotone in truth: the best monotone
+    fit plus noise, which is what a fit that may fall, rise and fall leaves over, resampled in blocks that keep its
+    autocorrelation (Kunsch 1989)."""
+    smoothed = smooth(values)
+    height, bottom, peak, end = hump(smoothed)
+    falling = lambda part: -monotone_fit(-part)
+    fit = min(monotone_fit(values), falling(values), key=lambda f: ((values - f) ** 2).sum())
+    free_fit = np.concatenate([falling(values[:bottom]), monotone_fit(values[bottom:peak]), falling(values[peak:])])
+    freedom = len(values) - len(np.unique(free_fit))  # the fit follows the noise, too: what it leaves is too small
+    residuals = (values - free_fit) * len(values) / max(1, freedom)
+    size = max(3, len(values) // 4)
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, len(values), (draws, -(-len(values) // size)))
+    at = (starts[:, :, None] + np.arange(size)) % len(values)
+    null = fit + residuals[at.reshape(draws, -1)[:, :len(values)]]
+    p = (1 + sum(hump(smooth(curve))[0] >= height for curve in null)) / (1 + draws)
+    spread = np.ptp(smoothed)
+    if p < 0.01 and height > 0.1 * spread:
+        verdict = "rises and falls"
+    elif spread < 1e-9:
+        verdict = "flat"
+    else:
+        verdict = "monotone, rising" if fit[-1] > fit[0] else "monotone, falling"
+    fallen = smoothed[peak] - smoothed[peak:end + 1] >= 0.9 * (smoothed[peak] - smoothed[end])
+    return {"bottom": int(steps[bottom]), "peak": int(steps[peak]), "reconverged": int(steps[peak + int(fallen.argmax())]),
+            "rise": float(smoothed[peak] - smoothed[bottom]), "fall": float(smoothed[peak] - smoothed[end]),
+            "p": float(p), "verdict": verdict}
+
+
+CURVES = {"rank of hidden states": ("effective_rank", "hidden"), "rank of attention weights": ("effective_rank", "attention"),
+          "rank of MLP weights": ("effective_rank", "mlp"), "head entropy": ("head_entropy", "normalised")}
+
+
+def phases(lines):
+    """{curve: [phase of each layer]} for the curves that the log holds with at least 8 probes."""
+    result = {}
+    for name, path in CURVES.items():
+        steps, values = series(lines, *path)
+        if len(steps) >= 8:
+            values = values.mean(axis=2) if values.ndim == 3 else values  # entropy: the mean of a layer's heads
+            result[name] = [phase(steps, column) for column in values.T]
+    return result
+
+
+def phase_table(result):
+    """The phases in words: one row a layer, and for each curve who peaks first and who reconverges."""
+    rows = []
+    for name, layers in result.items():
+        rows.append(f"\n{name}\n{'layer':>6} {'bottom':>7} {'peak':>6} {'reconverged':>12} {'rise':>8} {'fall':>8} {'p':>6}  verdict")
+        rows += [f"{i:>6} {q['bottom']:>7} {q['peak']:>6} {q['reconverged']:>12} {q['rise']:>8.3g} {q['fall']:>8.3g} {q['p']:>6.3f}  {q['verdict']}"
+                 for i, q in enumerate(layers)]
+        humps = [(q["peak"], q["reconverged"], i) for i, q in enumerate(layers) if q["verdict"] == "rises and falls"]
+        if humps:
+            first, back = sorted(humps)[:3], sorted((end, i) for _, end, i in humps)[:3]
+            rows.append(f"  {len(humps)} of {len(layers)} layers fan out, then collapse; first to peak (to specialise): layers "
+                        f"{', '.join(str(i) for *_, i in first)}; first to reconverge: layers {', '.join(str(i) for _, i in back)}")
+        else:
+            rows.append(f"  no layer of {len(layers)} fans out and then collapses (no rise-and-fall beyond autocorrelated noise, p < 0.01)")
+    return "\n".join(rows) if rows else "fewer than 8 probes: too early for phases"
+
+
 # ---- pictures ----------------------------------------------------------------------------------------------
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]  # Okabe & Ito: safe for colour-blind eyes
+
+
+def save_figure(figure, path):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    write_atomically(path, png.getvalue())
+
+
+def panel(ax, title, ylabel="", xlabel="updates"):
+    ax.set_title(title, fontsize=10, loc="left")
+    ax.set_ylabel(ylabel)
+    ax.set_xlabel(xlabel)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def log_steps(ax, last):
+    """An axis on which update 0 and the dense start are seen: linear to 1, logarithmic from there."""
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xlim(0, max(last, 2))
+    ticks = [0] + [10 ** k for k in range(8) if 10 ** k <= last]
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+
+
+def draw_dynamics(figure, lines, settings):
+    """Draw one run on an empty figure: losses, few-shot accuracy, and rank and entropy by layer as lines and maps."""
+    last = lines[-1]["step"] if lines else 1
+    (losses, ranks, entropies), (accuracy, rank_map, entropy_map) = figure.subplots(2, 3)
+
+    steps, val = series(lines, "val_loss")
+    for kind, colour, label in (("lm", COLOURS[0], "next-token, training"), ("meta", COLOURS[1], "meta query, training")):
+        x, y = series([line for line in lines if line.get("kind") == kind], "loss")
+        if len(x):
+            losses.plot(x, y, ".", markersize=2, alpha=0.4, color=colour, label=label)
+    losses.plot(steps, val, "o-", color="black", markersize=3, label="next-token, validation")
+    losses.legend(fontsize=8, frameon=False)
+    panel(losses, f"loss: validation {val[-1]:.2f} nats per token" if len(val) else "loss", "nats")
+
+    title = "few-shot accuracy on held-out words"
+    for key, colour, label in (("fewshot_prototype", COLOURS[2], "nearest prototype"), ("fewshot_before", COLOURS[4], "head before"),
+                               ("fewshot_after", COLOURS[1], "head after adapting")):
+        x, y = series(lines, key)
+        if len(x):
+            accuracy.plot(x, 100 * y, "o-", markersize=3, color=colour)
+            accuracy.annotate(f" {label} {y[-1]:.0%}", (x[-1], 100 * y[-1]), color=colour, fontsize=8, ha="right", va="bottom")
+    _, chance = series(lines, "fewshot_chance")
+    if len(chance):
+        accuracy.axhline(100 * chance[-1], color="grey", linestyle="--", linewidth=1)
+        accuracy.annotate(" chance", (0, 100 * chance[-1]), color="grey", fontsize=8, va="bottom")
+        title += f", {round(1 / chance[-1])}-way"
+    accuracy.set_ylim(bottom=0)
+    panel(accuracy, title, "% right")
+    for ax in (losses, accuracy):
+        log_steps(ax, last)
+
+    for (line_ax, map_ax), path, name, unit in (
+            ((ranks, rank_map), ("proportional_effective_rank", "hidden"), "effective rank of hidden states", "share of full rank"),
+            ((entropies, entropy_map), ("head_entropy", "normalised"), "attention-head entropy", "share of uniform attention")):
+        x, values = series(lines, *path)
+        if not len(x):
+            for ax in (line_ax, map_ax):
+                panel(ax, f"{name}: no probe yet")
+            continue
+        values = values.mean(axis=2) if values.ndim == 3 else values  # (S, layers)
+        colours = colormap()(np.linspace(0, 0.9, values.shape[1]))
+        for layer, colour in enumerate(colours):
+            line_ax.plot(x, values[:, layer], color=colour, linewidth=1.2)
+        for layer in (0, values.shape[1] - 1):
+            line_ax.annotate(f" {layer}", (x[-1], values[-1, layer]), color=colours[layer], fontsize=8)
+        panel(line_ax, f"{name}: {values[0].mean():.2f} to {values[-1].mean():.2f}", unit)
+        edges = np.append(x, x[-1] * 1.05 + 0.5)
+        image = map_ax.pcolormesh(edges, np.arange(values.shape[1] + 1) - 0.5, values.T, cmap="viridis")
+        map_ax.figure.colorbar(image, ax=map_ax, label=unit)
+        panel(map_ax, f"{name}, by layer", "layer (0 reads the text)")
+        for ax in (line_ax, map_ax):
+            log_steps(ax, edges[-1])
+    kind = f"meta-learning in {settings['hybrid_ratio']:.0%} of updates" if settings.get("meta") else "vanilla"
+    figure.suptitle(f"{settings['name']}: {settings['size']}, {kind}, {last:,} of {settings['steps']:,} updates, seed {settings.get('seed', 0)}")
+
+
+def colormap():
+    import matplotlib
+    return matplotlib.colormaps["viridis"]
+
+
+def new_figure(width=15.0, height=8.0):
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    return Figure(figsize=(width, height), layout="constrained")
+
 
 class Artist:
     """Draws a running job's dynamics.png, so seldom that it costs less than 1 % of the time."""
@@ -105,11 +338,228 @@ class Artist:
         self.folder, self.drawn, self.cost = folder, -math.inf, 0.0
 
     def draw(self, lines, settings, last=False):
-        now = time.perf_counter()
-        if last or now - self.drawn > 100 * self.cost:
-            draw_dynamics(self.folder / "dynamics.png", lines, settings)
-            self.drawn, self.cost = time.perf_counter(), time.perf_counter() - now
+        started = time.perf_counter()
+        if last or started - self.drawn > 100 * self.cost:
+            figure = new_figure()
+            draw_dynamics(figure, lines, settings)
+            save_figure(figure, self.folder / "dynamics.png")
+            self.drawn = time.perf_counter()
+            self.cost = self.drawn - started
 
 
-def draw_dynamics(path, lines, settings):
-    pass
+# ---- comparison --------------------------------------------------------------------------------------------
+
+COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs", "seconds": "seconds of training"}
+FEWSHOT = {"fewshot_prototype": "prototype", "fewshot_before": "head before", "fewshot_after": "head after"}
+NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device", "device_name", "versions", "head_parameters"}
+
+
+def group_runs(runs):
+    """{label: [(settings, lines)]} of runs [(settings, lines)]: those that differ in their seed alone are one group,
+    sorted by seed and labelled by the name of its first run."""
+    groups = {}
+    for settings, lines in runs:
+        key = json.dumps({k: v for k, v in settings.items() if k not in NOT_A_CONFIGURATION}, sort_keys=True)
+        groups.setdefault(key, []).append((settings, lines))
+    labels = [members[0][0]["name"] for members in groups.values()]
+    labels = [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels, 1)]
+    return {label: sorted(members, key=lambda run: run[0]["seed"]) for label, members in zip(labels, groups.values())}
+
+
+def first_reach(costs, losses, level):
+    """The cost at which a curve first comes down to `level`, interpolated between its points; NaN if it never does."""
+    i = int((losses <= level).argmax())
+    if i == 0 or losses[i] > level:  # it began below (when it passed is not known), or it never got there
+        return float(costs[0]) if losses[0] == level else math.nan
+    return float(np.interp(level, losses[[i, i - 1]], costs[[i, i - 1]]))
+
+
+def sooner_by(first, second, levels):
+    """How many times less the curves `second` need than the curves `first` to reach each level.
+
+    Curves are lists of (costs (S,), losses (S,)). The i-th is set against the i-th where there are as many (the same
+    seeds), else each against each. Returns {mean, sd} by level over the pairs; a level that one curve never reached
+    is None, and so is the sd of a single pair."""
+    pairs = zip(first, second) if len(first) == len(second) else ((a, b) for a in first for b in second)
+    return mean_and_spread([[first_reach(*a, level) / first_reach(*b, level) for level in levels] for a, b in pairs])
+
+
+def mean_and_spread(values):
+    """{mean, sd} over the first dimension of values, numbers or lists; sd is the sample's, None for one value."""
+    values = np.array(values, dtype=float)
+    blank = lambda numbers: [None if math.isnan(n) else float(n) for n in numbers] if numbers.ndim else float(numbers)
+    return {"mean": blank(values.mean(axis=0)), "sd": blank(values.std(axis=0, ddof=1)) if len(values) > 1 else None}
+
+
+def mixed_loss(lines):
+    """(updates, loss): the paper's own reading, training loss of whatever kind of update, mean of the last 50."""
+    steps, loss = series(lines, "loss")
+    width = min(50, max(1, len(loss) // 4))
+    return steps[width - 1:], np.convolve(loss, np.ones(width) / width, mode="valid")
+
+
+def compare(groups):
+    """Compare the second and later groups with the first: a dict of the figures that the table and picture show.
+
+    Runs on different texts or tokenizers are compared in bits per byte, since their nats per token differ in kind."""
+    kinds = {(s["corpus_sha256"], s["vocab_size"], s["tokenizer"]) for runs in groups.values() for s, _ in runs}
+    loss, unit = ("val_loss", "nats per token") if len(kinds) == 1 else ("bits_per_byte", "bits per byte")
+    result = {"loss": loss, "unit": unit, "groups": {}, "sooner_by": {}}
+    for label, runs in groups.items():
+        entry = result["groups"][label] = {"runs": [s["name"] for s, _ in runs]}
+        curves = {key: [series(lines, key)[1] for _, lines in runs]
+                  for key in (loss, *FEWSHOT, "fewshot_stderr", "fewshot_after_stderr", "fewshot_lookup", "fewshot_chance")}
+        curves |= {name: [series(lines, *path)[1] for _, lines in runs] for name, path in CURVES.items()}
+        for key, values in curves.items():
+            if all(map(len, values)):
+                ends = [v[-1].mean(axis=1) if v.ndim == 3 else v[-1] for v in values]  # entropy: the mean of a layer's heads
+                entry[key] = mean_and_spread(ends) | {"untrained": mean_and_spread([v[0] for v in values])["mean"]} \
+                    if key not in CURVES else mean_and_spread(ends)
+    first, *others = groups
+    for label in others:
+        sides = [[lines for _, lines in groups[g]] for g in (first, label)]
+        losses = [series(lines, loss)[1] for side in sides for lines in side]
+        levels = np.linspace(min(y[0] for y in losses), max(y.min() for y in losses), 7)[1:]  # down to the last common loss
+        entry = result["sooner_by"][label] = {"levels": levels.tolist()}
+        for cost in COSTS:
+            entry[cost] = sooner_by(*[[series(lines, loss, x=cost) for lines in side] for side in sides], levels)
+        mixed = [[mixed_loss(lines) for lines in side] for side in sides]
+        if all(len(y) for side in mixed for _, y in side):
+            level = max(y.min() for side in mixed for _, y in side)
+            entry["papers_reading"] = {"level": float(level)} | sooner_by(*mixed, [level])
+    return result
+
+
+def comparison_table(result):
+    """What `compare` found, in words."""
+    def figure(entry, key, form="{:.1%}"):
+        if key not in entry:
+            return "-"
+        mean, sd = entry[key]["mean"], entry[key]["sd"]
+        return form.format(mean) + (f" +- {form.format(sd)}" if sd is not None else "")
+
+    rows = [f"final figures; loss in {result['unit']} on validation text; +- is the standard deviation over seeds",
+            f"{'':<20} {'loss':>16} " + "".join(f"{name:>18}" for name in FEWSHOT.values()) + f"{'untrained prototype':>21} {'chance':>8}"]
+    for label, entry in result["groups"].items():
+        untrained = f"{entry['fewshot_prototype']['untrained']:.1%}" if "fewshot_prototype" in entry else "-"
+        rows.append(f"{label:<20} {figure(entry, result['loss'], '{:.3f}'):>16} " + "".join(f"{figure(entry, key):>18}" for key in FEWSHOT)
+                    + f"{untrained:>21} {figure(entry, 'fewshot_chance'):>8}")
+        errors = [f"{FEWSHOT[key]} {entry[error]['mean']:.1%}" for key, error in
+                  (("fewshot_prototype", "fewshot_stderr"), ("fewshot_after", "fewshot_after_stderr")) if error in entry]
+        rows.append(f"{'':<20} standard error over episodes: {', '.join(errors)}" if errors else "")
+    first = next(iter(result["groups"]))
+    ratio = lambda entry, i: "never reached" if entry["mean"][i] is None else f"{entry['mean'][i]:.2f}x" + (f" +- {entry['sd'][i]:.2f}" if entry["sd"] else "")
+    for label, entry in result["sooner_by"].items():
+        rows += [f"\n{label} reaches the same held-out loss sooner than {first} by a factor of (below 1: later)",
+                 f"{'loss':>8} " + "".join(f"{name:>22}" for name in COSTS.values())]
+        rows += [f"{level:8.3f} " + "".join(f"{ratio(entry[cost], i):>22}" for cost in COSTS) for i, level in enumerate(entry["levels"])]
+        rows[-1] += "   the last common loss"
+        if "papers_reading" in entry:
+            rows.append(f"the paper's reading, mixed training loss {entry['papers_reading']['level']:.3f} against updates: "
+                        f"{ratio(entry['papers_reading'], 0)} (it mixes an easier question in: not a fair measure)")
+    return "\n".join(rows)
+
+
+def draw_comparison(figure, groups, result):
+    """Draw the comparison on an empty figure: the same held-out loss against four costs, accuracy, rank, entropy."""
+    axes = figure.subplots(2, 4).ravel()
+    colours = dict(zip(groups, COLOURS * len(groups)))
+    for ax, (cost, name) in zip(axes, COSTS.items()):
+        for label, runs in groups.items():
+            for i, (_, lines) in enumerate(runs):
+                x, y = series(lines, result["loss"], x=cost)
+                ax.plot(x[1:], y[1:], "o-", markersize=2.5, linewidth=1.2, color=colours[label], label=None if i else label)
+        ends = [entry[cost]["mean"][-1] for entry in result["sooner_by"].values()]
+        panel(ax, "; ".join("never reached" if end is None else f"{end:.2f}x sooner" for end in ends), result["unit"], name)
+        ax.set_xscale("log")
+    axes[0].legend(fontsize=8, frameon=False)
+    width = 0.8 / len(groups)
+    for g, (label, entry) in enumerate(result["groups"].items()):
+        for b, key in enumerate(FEWSHOT):
+            if key in entry:
+                at = b + (g - (len(groups) - 1) / 2) * width
+                axes[4].bar(at, 100 * entry[key]["mean"], width, yerr=100 * (entry[key]["sd"] or 0), color=colours[label], capsize=2)
+                axes[4].hlines(100 * entry[key]["untrained"], at - width / 2, at + width / 2, color="black", linewidth=1)
+        if "fewshot_chance" in entry:
+            axes[4].axhline(100 * entry["fewshot_chance"]["mean"], color="grey", linestyle="--", linewidth=1)
+    axes[4].set_xticks(range(len(FEWSHOT)), FEWSHOT.values(), fontsize=8)
+    panel(axes[4], "few-shot accuracy (dashed chance, black untrained)", "% right", "")
+    for ax, name in zip(axes[5:], ("rank of hidden states", "rank of attention weights", "head entropy")):
+        entries = {label: entry[name]["mean"] for label, entry in result["groups"].items() if name in entry}
+        for label, layers in entries.items():
+            ax.plot(range(len(layers)), layers, "o-", markersize=3, color=colours[label])
+        panel(ax, f"{name}: mean " + " / ".join(f"{np.mean(layers):.2f}" for layers in entries.values()),
+              "share of uniform attention" if "entropy" in name else "effective rank", "layer (0 reads the text)")
+    figure.suptitle("held-out loss at equal cost: " + " against ".join(f"{label} ({len(runs)} seed{'s'[:len(runs) != 1]})" for label, runs in groups.items()))
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+def follow(folder, every=2.0):
+    """Redraw a running job's picture whenever its log has grown: in a window, or, where there is no display, in
+    dynamics.png until the run is over."""
+    import matplotlib.pyplot as plt
+    windowed = plt.get_backend().lower() not in ("agg", "pdf", "svg", "ps", "template", "cairo")
+    if not windowed:
+        print(f"no display here: rewriting {folder / 'dynamics.png'} until the run is over (Ctrl-C ends it)")
+    figure = plt.figure(figsize=(15, 8), layout="constrained") if windowed else None
+    seen = -1
+    while not windowed or plt.fignum_exists(figure.number):
+        size = (folder / "metrics.jsonl").stat().st_size
+        settings, lines, _ = read_run(folder)
+        if size != seen:
+            if windowed:
+                figure.clear()
+                draw_dynamics(figure, lines, settings)
+            else:
+                Artist(folder).draw(lines, settings, last=True)
+            seen = size
+        if windowed:
+            plt.pause(every)
+        elif lines[-1]["step"] >= settings["steps"]:
+            return
+        else:
+            time.sleep(every)
+
+
+def main():
+    parser = Parser(description="Pictures and phases of one run (dynamics.png and phases.json in its folder), or the comparison of several.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; runs that differ only in their seed are grouped, "
+                        "and later groups are compared with the first")
+    parser.add_argument("--live", action="store_true", help="a window that follows one running job")
+    parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for compare.png and compare.json (default: compare)")
+    args = parser.parse_args()
+    try:
+        if args.live:
+            if len(args.runs) > 1:
+                parser.error("--live follows one run")
+            follow(args.runs[0])
+            return
+        runs = [read_run(folder) for folder in args.runs]
+        for note in (note for *_, notes in runs for note in notes):
+            print(f"note: {note}", file=sys.stderr)
+        for folder, (settings, lines, _) in zip(args.runs, runs):
+            Artist(folder).draw(lines, settings, last=True)
+            result = phases(lines)
+            write_atomically(folder / "phases.json", json.dumps(result, indent=1))
+            if len(runs) == 1:
+                print(f"{settings['name']}\n{phase_table(result)}\n\nwritten: {folder / 'dynamics.png'}, {folder / 'phases.json'}")
+        if len(runs) > 1:
+            groups = group_runs([(settings, lines) for settings, lines, _ in runs])
+            result = compare(groups)
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(args.out / "compare.json", json.dumps(result, indent=1))
+            figure = new_figure(18, 8)
+            draw_comparison(figure, groups, result)
+            save_figure(figure, args.out / "compare.png")
+            print(f"{comparison_table(result)}\n\nwritten: {args.out / 'compare.png'}, {args.out / 'compare.json'}")
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"cannot write: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 import probe
-from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, meta_flops, meta_loss
+from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
 from model import SIZES, Config, Decoder, Parser, generate, lm_flops, load_checkpoint, pick_device, precision, save_checkpoint
 
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
@@ -50,7 +50,7 @@ def parse(argv=None):
     run.add_argument("--resume", action="store_true", help="continue a stopped run; --steps may be raised")
     run.add_argument("--device", help="cuda, mps or cpu (default: the best that is here)")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
-    run.add_argument("--eval-every", type=number(int, 1), default=100, help="updates between evaluations and checkpoints")
+    run.add_argument("--eval-every", type=number(int, 1), default=200, help="updates between evaluations and checkpoints")
     run.add_argument("--probe-every", type=number(int, 1), default=100, help="updates between probes, after a dense start (1, 2, 4, ...)")
 
     model = parser.add_argument_group("model and text")
@@ -61,11 +61,11 @@ def parse(argv=None):
     model.add_argument("--cache", help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
 
     fit = parser.add_argument_group("training")
-    fit.add_argument("--steps", type=number(int, 1), default=1200, help="updates")
-    fit.add_argument("--batch-size", type=number(int, 1), default=16, help="sequences per next-token update")
+    fit.add_argument("--steps", type=number(int, 1), default=2000, help="updates")
+    fit.add_argument("--batch-size", type=number(int, 1), default=8, help="sequences per next-token update")
     fit.add_argument("--seq-len", type=number(int, 2, 2048), default=128, help="tokens per sequence")
     fit.add_argument("--grad-accum", type=number(int, 1), default=1, help="micro-batches per update")
-    fit.add_argument("--lr", type=number(float, 0), help="peak learning rate of AdamW (default: 0.5 / d_model)")
+    fit.add_argument("--lr", type=number(float, 0), help="peak learning rate of AdamW (default: 0.75 / d_model)")
     fit.add_argument("--warmup", type=number(float, 0, 1), default=0.05, help="share of the updates in which lr rises; then it falls to 0")
 
     meta = parser.add_argument_group("meta-learning")
@@ -74,7 +74,7 @@ def parse(argv=None):
     meta.add_argument("--n-way", type=number(int, 2), default=32, help="words per episode")
     meta.add_argument("--k-shot", type=number(int, 1), default=4, help="support examples per word")
     meta.add_argument("--n-query", type=number(int, 1), default=2, help="query examples per word")
-    meta.add_argument("--episode-len", type=number(int, 2, 2048), default=64, help="tokens per example; the last is the masked word")
+    meta.add_argument("--episode-len", type=number(int, 2, 2048), default=32, help="tokens per example; the last is the masked word")
     meta.add_argument("--inner", choices=["head", "all"], default="head", help="what the inner loop adapts")
     meta.add_argument("--inner-steps", type=number(int, 0), default=10, help="SGD steps on the support set")
     meta.add_argument("--inner-lr", type=number(float, 0), default=0.1, help="their learning rate")
@@ -85,7 +85,7 @@ def parse(argv=None):
     if args.batch_size % args.grad_accum:
         parser.error(f"--batch-size {args.batch_size} must be a multiple of --grad-accum {args.grad_accum}")
     if args.lr is None:
-        args.lr = 0.5 / SIZES[args.size]
+        args.lr = 0.75 / SIZES[args.size]
     if args.name is None:
         args.name = f"{args.size}-{'meta' if args.meta else 'vanilla'}" + (f"-s{args.seed}" if args.seed else "")
     if Path(args.name).name != args.name or args.name in (".", ".."):
@@ -155,17 +155,11 @@ def in_words(device):
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def write_atomically(path, content):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(temporary, path)
-
-
 def open_log(path, last_step):
     """metrics.jsonl, opened to append, without a torn last line and lines after the checkpoint at last_step; and
     the lines that stay."""
     kept = [line for line in probe.read_metrics(path)[0] if line["step"] <= last_step] if path.exists() else []
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    probe.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
     return open(path, "a"), kept
 
 
@@ -179,11 +173,15 @@ def train(args):
                                  f"{(rows + 1) * args.seq_len + 1}; use more text, or a smaller --batch-size or --seq-len")
     sampler = data.EpisodeSampler(corpus, args.n_way, args.k_shot, args.n_query, args.episode_len) if args.meta else None
     windows = data.validation_windows(corpus.val, args.seq_len, max(1, EVAL_TOKENS // args.seq_len))
-    fewshot = data.fewshot_rows(corpus, args.episode_len, args.k_shot + FEWSHOT_QUERIES)
+    fewshot = fewshot_rows(corpus, args.episode_len, args.k_shot + FEWSHOT_QUERIES)
 
     generator = torch.Generator().manual_seed(args.seed)  # weights are drawn on the CPU: all devices start alike
     config = Config(SIZES[args.size], corpus.vocab_size)
-    decoder = Decoder(config, generator).to(device)
+    decoder = Decoder(config, generator)
+    with torch.no_grad():
+        decoder.model.embed_tokens.weight[corpus.mask_id] = 0  # the mask says nothing of its own, so that its state is all
+    decoder.model.embed_tokens.padding_idx = corpus.mask_id    # context; and it learns nothing: this row gets no gradient
+    decoder.to(device)
     head = MetaHead(config.d_model, args.head, args.n_way, len(corpus.index.words), generator).to(device) if args.meta else None
     parameters = [p for module in (decoder, head) if module for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -202,8 +200,8 @@ def train(args):
         if head:
             head.load_state_dict(checkpoint["head"])
         spent = checkpoint["spent"]
-    write_atomically(folder / "config.json", json.dumps(settings, indent=1))
-    write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
+    probe.write_atomically(folder / "config.json", json.dumps(settings, indent=1))
+    probe.write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
     log, lines = open_log(folder / "metrics.jsonl", spent["step"] if checkpoint else -1)
     if device.type == "cuda":
         decoder.model.compile()
@@ -322,7 +320,46 @@ def status(lines):
 
 
 def summary(folder, lines, settings, corpus, windows, decoder, device):
-    return "TODO"
+    """The report at the end of a run, a string: what was reached, what it cost, a sample, and what to do next."""
+    evaluations = [line for line in lines if "val_loss" in line]
+    first, final = evaluations[0], evaluations[-1]
+    baselines = data.ngram_baselines(corpus.train, windows, corpus.vocab_size)
+    rows = ["", f"validation loss {final['val_loss']:.3f} nats per token ({final['bits_per_byte']:.3f} bits per byte); "
+                f"unigram {baselines['unigram']:.3f}, smoothed bigram {baselines['bigram']:.3f}"]
+    if "fewshot_chance" in final:
+        rows += [f"few-shot accuracy on held-out words, {settings['n_way']}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
+        error = {"prototype": "fewshot_stderr", "after": "fewshot_after_stderr"}
+        for key, words in (("prototype", "nearest prototype"), ("before", "meta head before adapting"), ("after", "meta head after adapting")):
+            if f"fewshot_{key}" in final:
+                spread = f" +- {final[error[key]]:.1%}" if key in error else ""
+                rows.append(f"  {words:<26} {final[f'fewshot_{key}']:6.1%}{spread}   (untrained {first[f'fewshot_{key}']:.1%})")
+        rows.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   (on all queries; the others leave out those it can answer)")
+    else:
+        rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {settings['n_way']}-way episodes")
+    rows += [f"cost: {final['tokens']:,} tokens, {final['flops']:.3g} model FLOPs, {final['seconds'] / 60:.1f} minutes of training"
+             f" on {settings['device_name']}" + peak_memory(device),
+             f"sample: {sample(decoder, corpus, device)}",
+             f"files in {folder}: config.json, metrics.jsonl, ckpt.pt, dynamics.png",
+             f'next: python model.py {folder} --prompt "Returns the"   or   python probe.py {folder}']
+    return "\n".join(rows)
+
+
+def sample(decoder, corpus, device, prompt="Returns the"):
+    end = corpus.encoding.encode_single_token(data.END)
+    with precision(device):
+        ids = list(generate(decoder, corpus.encoding.encode_ordinary(prompt), 40, n_ids=end, generator=torch.Generator().manual_seed(0)))
+    return repr(prompt + corpus.encoding.decode(ids))
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return f", peak {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB on the device"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.1f} GiB"
 
 
 def main():

@@ -1,0 +1,133 @@
+"""How fast is a step? Prints ratios measured side by side, in one run, on this machine.
+
+    python tests/bench.py [--size 11m]
+
+The plain twin is the same decoder in float32 with all logits at once. The paper's way is a meta step as its own code
+performs it: the backbone runs again in every inner step, and a head scores the whole vocabulary at every position.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data  # noqa: E402
+import probe  # noqa: E402
+from meta import HIDDEN, MetaHead, meta_flops, meta_loss  # noqa: E402
+from model import SIZES, Config, Decoder, backbone_flops, lm_flops, pick_device, precision  # noqa: E402
+
+BATCH, LENGTH = 8, 256                                    # a next-token step
+WAY, SHOT, QUERY, ROW, INNER_STEPS = 32, 4, 2, 32, 10     # a meta step
+PAPER_ROWS, PAPER_LENGTH = 4, 256                         # the meta step performed the paper's way
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="11m")
+    parser.add_argument("--device")
+    parser.add_argument("--vocab-size", type=int, default=50304)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    autocast = precision(device)
+    generator = torch.Generator().manual_seed(0)
+    config = Config(SIZES[args.size], args.vocab_size)
+    decoder = Decoder(config, generator).to(device)
+    head = MetaHead(config.d_model, "slots", WAY, 0, generator).to(device)
+    optimizer = torch.optim.AdamW([*decoder.parameters(), *head.parameters()], lr=1e-4, fused=True)
+    ids = lambda rows, length: torch.randint(args.vocab_size, (rows, length), generator=generator).to(device)
+    batch = ids(BATCH, LENGTH + 1)
+    labels = torch.arange(WAY, device=device)
+    episode = data.Episode(ids(WAY * SHOT, ROW), labels.repeat_interleave(SHOT), ids(WAY * QUERY, ROW), labels.repeat_interleave(QUERY), labels)
+    wide = torch.nn.Sequential(torch.nn.Linear(config.d_model, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(),
+                               torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, args.vocab_size)).to(device)
+    paper_ids = ids(PAPER_ROWS, PAPER_LENGTH)
+
+    def update(loss):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def next_token():
+        with autocast:
+            update(decoder.loss(batch[:, :-1], batch[:, 1:]))
+
+    def plain():
+        update(F.cross_entropy(decoder(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()))
+
+    def meta(inner):
+        with autocast:
+            update(meta_loss(decoder.model, head, episode, inner, INNER_STEPS, 0.1)[0])
+
+    def backbone_share(support=episode.support_ids, query=episode.query_ids):
+        with autocast:
+            with torch.no_grad():
+                decoder.model(support)
+            update(decoder.model(query)[:, -1].sum())
+
+    def papers_way():
+        def loss(fast):
+            return F.cross_entropy(torch.func.functional_call(wide, fast, (decoder.model(paper_ids),)).flatten(0, 1), paper_ids.flatten())
+        fast = dict(wide.named_parameters())
+        for _ in range(INNER_STEPS):
+            grads = torch.autograd.grad(loss(fast), tuple(fast.values()))
+            fast = {name: p - 0.01 * g for (name, p), g in zip(fast.items(), grads)}
+        update(loss(fast))
+        wide.zero_grad()
+
+    def ours_on_the_papers_tokens():
+        """The same 4 x 256 tokens as rows that end at a masked word: 16 support rows, 16 query rows, 8 ways."""
+        rows = paper_ids.reshape(-1, ROW)
+        label = torch.arange(8, device=device).repeat_interleave(2)
+        with autocast:
+            update(meta_loss(decoder.model, head, data.Episode(rows[:16], label, rows[16:], label, label[::2]), "head", INNER_STEPS, 0.1)[0])
+
+    def seconds(step, repeats):
+        """The median of `repeats` timed calls after one that warms up."""
+        times = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return sorted(times[1:])[repeats // 2]
+
+    a, b = torch.randn(2, 1024, 1024, device=device)
+    peaks = {dtype: 2 * 1024 ** 3 / seconds(lambda: a.to(dtype) @ b.to(dtype), 20) for dtype in (torch.float32, torch.bfloat16)}
+    print(f"{args.size}, {args.vocab_size} words, {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"steps in {'bf16' if autocast._enabled else 'float32'}")
+    print(f"matrix products of 1024: {peaks[torch.float32] / 1e9:.0f} GFLOP/s in float32, {peaks[torch.bfloat16] / 1e9:.0f} in bf16")
+    lm_tokens, meta_tokens = BATCH * LENGTH, WAY * (SHOT + QUERY) * ROW
+    flops = {inner: meta_flops(config, head, WAY, SHOT, QUERY, ROW, inner, INNER_STEPS, False) for inner in ("head", "all")}
+    rows = [("next-token step", next_token, args.repeats, lm_tokens, lm_flops(config, BATCH, LENGTH)),
+            ("  the plain twin", plain, 2, lm_tokens, lm_flops(config, BATCH, LENGTH)),
+            ("meta step, inner head", lambda: meta("head"), args.repeats, meta_tokens, flops["head"]),
+            ("  backbone work of its tokens", backbone_share, args.repeats, meta_tokens,
+             backbone_flops(config, WAY * SHOT, ROW) + 3 * backbone_flops(config, WAY * QUERY, ROW)),
+            ("meta step, inner all", lambda: meta("all"), 1, meta_tokens, flops["all"]),
+            ("meta step, 4 x 256 tokens", ours_on_the_papers_tokens, args.repeats, paper_ids.numel(), None),
+            ("  the paper's way", papers_way, 1, paper_ids.numel(), None)]
+    took = {}
+    print(f"{'':<32} {'seconds':>8} {'tokens/s':>9} {'GFLOP/s':>8}  of float32 peak")
+    for name, step, repeats, tokens, count in rows:
+        took[name.strip()] = t = seconds(step, repeats)
+        achieved = f"{count / t / 1e9:>8.0f}  {count / t / peaks[torch.float32]:.0%}" if count else ""
+        print(f"{name:<32} {t:>8.3f} {tokens / t:>9,.0f} {achieved}", flush=True)
+    print(f"next-token step: {took['the plain twin'] / took['next-token step']:.1f} times the plain twin's tokens per second")
+    print(f"meta step: {took['meta step, inner head'] / took['backbone work of its tokens']:.2f} times the backbone work of its tokens, "
+          f"{took['meta step, inner head'] / took['next-token step']:.2f} times a next-token step")
+    print(f"the paper's way: {took["the paper's way"] / took['meta step, 4 x 256 tokens']:.0f} times slower on the same tokens")
+
+    def one_probe():
+        with autocast:
+            probe.measure(decoder, batch[:4, :129])
+    print(f"a probe: {seconds(one_probe, 3) / took['next-token step']:.1f} next-token steps' time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from model import Config, Decoder
+
+
+@pytest.mark.parametrize("size, count", [("11m", 11_282_784), ("65m", 64_595_328), ("181m", 181_095_168), ("570m", 569_808_384)])
+def test_parameter_counts(size, count):
+    with torch.device("meta"):
+        decoder = Decoder(Config(model.SIZES[size]))
+    assert sum(p.numel() for p in decoder.parameters()) == count
+
+
+def test_parameter_names_are_hugging_faces(tiny):
+    layer = "model.layers.1."
+    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", layer + "input_layernorm.weight",
+                layer + "post_attention_layernorm.weight", *(f"{layer}self_attn.{p}_proj.weight" for p in "qkvo"),
+                *(f"{layer}mlp.{p}_proj.weight" for p in ("gate", "up", "down"))}
+    assert {name for name in tiny.state_dict() if ".layers.0." not in name} == expected
+
+
+def test_rms_norm_twin():
+    x, norm = torch.randn(3, 5, 8), model.RMSNorm(8, 1e-6)
+    norm.weight.data = torch.randn(8)
+    expected = torch.stack([row / ((row ** 2).sum() / 8 + 1e-6).sqrt() for row in x.view(-1, 8)]).view_as(x) * norm.weight
+    assert torch.allclose(norm(x), expected, atol=1e-6)
+
+
+def test_rope_twin_by_complex_numbers():
+    """Pair i of position t is a complex number turned by t * theta^(-2i/d)."""
+    config = Config(d_model=96)
+    cos, sin = model.rope_tables(config)
+    x = torch.randn(2, 40, 3, 8)
+    turned = model.rotate(x, cos[:40, None], sin[:40, None])
+    frequency = 10000.0 ** (-torch.arange(4) * 2 / 8)
+    turn = torch.polar(torch.ones(40, 4), torch.arange(40)[:, None] * frequency)[None, :, None]
+    expected = torch.complex(x[..., :4], x[..., 4:]) * turn
+    assert torch.allclose(turned, torch.cat([expected.real, expected.imag], dim=-1), atol=1e-5)
+
+
+def test_attention_twin_with_loops(tiny):
+    """Grouped-query causal attention, head by head and position by position."""
+    attention, config = tiny.model.layers[0].self_attn, tiny.config
+    x, dim = torch.randn(1, 5, config.d_model, dtype=torch.float64), config.head_dim
+    cos, sin = tiny.model.cos[:5, None], tiny.model.sin[:5, None]
+    q = model.rotate((x @ attention.q_proj.weight.T).view(1, 5, 6, dim), cos, sin)
+    k = model.rotate((x @ attention.k_proj.weight.T).view(1, 5, 2, dim), cos, sin)
+    v = (x @ attention.v_proj.weight.T).view(1, 5, 2, dim)
+    rows = []
+    for t in range(5):
+        heads = []
+        for h in range(6):
+            weight = torch.softmax(torch.stack([q[0, t, h] @ k[0, s, h // 3] for s in range(t + 1)]) / math.sqrt(dim), dim=0)
+            heads.append(sum(w * v[0, s, h // 3] for s, w in enumerate(weight)))
+        rows.append(torch.cat(heads) @ attention.o_proj.weight.T)
+    assert torch.allclose(attention(x, cos, sin)[0], torch.stack(rows), atol=1e-10)
+
+
+def test_logits_do_not_look_ahead(tiny):
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 50
+    before, after = tiny(ids), tiny(changed)
+    assert torch.allclose(before[:, :7], after[:, :7], atol=1e-12) and not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+@pytest.mark.parametrize("block", [1, 7 * 8 * 11, 26_000_000])
+def test_chunked_cross_entropy_equals_pytorch(block, monkeypatch):
+    monkeypatch.setattr(model, "CPU_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(30, 5, dtype=torch.float64, generator=generator), torch.randn(11, 5, dtype=torch.float64, generator=generator)
+    targets = torch.randint(11, (30,), generator=generator)
+    results = []
+    for loss in (lambda h, w: model.cross_entropy(h, w, targets), lambda h, w: F.cross_entropy(h @ w.T, targets)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        (value := loss(h, w)).mul(3).backward()
+        results.append((value.double(), h.grad, w.grad))
+    for ours, theirs in zip(*results):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(model.cross_entropy(hidden, weight, targets).double(), results[1][0], atol=1e-6)
+
+
+def test_bf16_loss_and_gradient_are_close_to_float32():
+    decoder = Decoder(Config(vocab_size=3000, n_layer=2), torch.Generator().manual_seed(0))
+    ids = torch.randint(3000, (4, 65), generator=torch.Generator().manual_seed(1))
+    results = []
+    for enabled in (False, True):
+        decoder.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = decoder.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in decoder.parameters()])))
+    assert abs(results[0][0] - results[1][0]) < 0.01
+    assert F.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.99
+
+
+def test_cached_generation_equals_uncached(tiny):
+    tiny.float()
+    prompt = [3, 1, 4, 1, 5]
+    texts = [list(model.generate(tiny, prompt, 100, temperature=t, n_ids=40, use_cache=cache, generator=torch.Generator().manual_seed(2)))
+             for t in (0, 1.0) for cache in (True, False)]
+    assert texts[0][:59] == texts[1][:59] and texts[2][:59] == texts[3][:59]  # up to the context of 64
+    assert len(texts[0]) == 100 and max(max(t) for t in texts) < 40
+
+
+def test_generation_respects_top_k_and_stop(tiny):
+    greedy = list(model.generate(tiny, [1], 5, temperature=0))
+    assert list(model.generate(tiny, [1], 5, temperature=5.0, top_k=1, generator=torch.Generator())) == greedy
+    assert list(model.generate(tiny, [1], 5, temperature=0, stop=greedy[2])) == greedy[:greedy.index(greedy[2])]
+
+
+def test_flops_formula_against_pytorchs_counter():
+    config = Config(vocab_size=4096, n_layer=3)
+    decoder = Decoder(config)
+    ids = torch.randint(4096, (2, 128))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()).backward()  # the plain twin: all logits at once
+    assert model.lm_flops(config, 2, 128) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_checkpoints_survive_damage(tmp_path, capsys):
+    for step in (1, 2):
+        model.save_checkpoint(tmp_path, {"step": step, "model": {"w": torch.full((1000,), float(step))}})
+    assert model.load_checkpoint(tmp_path)["step"] == 2
+    path = tmp_path / "ckpt.pt"
+    whole = path.read_bytes()
+    at = whole.index(torch.full((10,), 2.0).numpy().tobytes())
+    for damaged in (whole[:at] + b"\x01" + whole[at + 1:], whole[:len(whole) // 2], b""):
+        path.write_bytes(damaged)
+        state = model.load_checkpoint(tmp_path)
+        assert state["step"] == 1 and (state["model"]["w"] == 1).all()
+        assert "damaged" in capsys.readouterr().err
+    path.unlink()
+    assert model.load_checkpoint(tmp_path)["step"] == 1
+    (tmp_path / "ckpt-previous.pt").unlink()
+    with pytest.raises(ValueError, match="no usable checkpoint"):
+        model.load_checkpoint(tmp_path)

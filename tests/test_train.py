@@ -1,0 +1,184 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import ROOT
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def args():
+    return train.parse(["--meta", "--steps", "1000", "--lr", "0.01"])[0]
+
+
+def test_schedule_warms_up_and_decays_to_zero(args):
+    rates = [train.learning_rate(step, args) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01 / 50) and max(rates) == rates[49] == pytest.approx(0.01)
+    assert rates[49 + 476] == pytest.approx(0.005, rel=0.01) and 0 < rates[-1] < 2e-5
+
+
+def test_coin_follows_seed_and_ratio(args):
+    coins = [train.is_meta_step(step, args) for step in range(1000)]
+    assert 430 < sum(coins) < 570 and coins == [train.is_meta_step(step, args) for step in range(1000)]
+    vanilla, _ = train.parse([])
+    assert not any(train.is_meta_step(step, vanilla) for step in range(50))
+
+
+def test_hybrid_run_writes_everything_and_learns(script, tmp_path):
+    done = script("train.py", "--meta", "--steps", 120, "--eval-every", 60, "--probe-every", 50, "--inner-lr", 0.3)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "11m-meta"
+    assert {"config.json", "metrics.jsonl", "ckpt.pt", "dynamics.png"} <= {p.name for p in folder.iterdir()}
+    lines = read(folder)
+    assert all({"step", "tokens", "flops", "seconds"} <= set(line) for line in lines)
+    updates = [line for line in lines if "kind" in line]
+    assert [line["step"] for line in updates] == list(range(1, 121))
+    assert all({"loss", "lr", "grad_norm", "tokens_per_second"} <= set(line) for line in updates)
+    metas = [line for line in updates if line["kind"] == "meta"]
+    assert 40 < len(metas) < 80 and all({"n_way", "chance", "support_accuracy", "query_accuracy"} <= set(line) for line in metas)
+    assert updates[-1]["tokens"] == (120 - len(metas)) * 4 * 32 + len(metas) * 4 * 4 * 16
+    evaluations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 60, 120]
+    first, last = evaluations[0], evaluations[-1]
+    assert first["val_loss"] == pytest.approx(np.log(2048), abs=0.1) and last["val_loss"] < first["val_loss"] - 1
+    assert {"bits_per_byte", "fewshot_prototype", "fewshot_chance", "fewshot_stderr", "fewshot_before", "fewshot_after"} <= set(last)
+    assert [line["step"] for line in lines if "head_entropy" in line] == [0, 1, 2, 4, 8, 16, 32, 50, 100, 120]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["head_parameters"] > 0 and config["parameters"] > 1e6 and config["n_way"] == 4 and len(config["corpus_sha256"]) == 64
+    assert "smoothed bigram" in done.stdout and "python model.py" in done.stdout
+    again = script("train.py", "--meta", "--steps", 120, "--eval-every", 60, "--probe-every", 50, "--inner-lr", 0.3)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    shown = script("model.py", folder, "--prompt", "The ", "--tokens", 30, "--seed", 1)
+    assert shown.returncode == 0 and shown.stdout.startswith("The ") and len(shown.stdout) > 20
+    assert shown.stdout == script("model.py", folder, "--prompt", "The ", "--tokens", 30, "--seed", 1).stdout
+
+
+def same_state(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, cache, text_file):
+    """SIGINT in the middle, then --resume: the same weights, optimizer state and losses, to the bit."""
+    flags = ["--meta", "--steps", 60, "--eval-every", 25, "--probe-every", 40]
+    assert script("train.py", *flags, "--name", "whole").returncode == 0
+    command = [sys.executable, ROOT / "train.py", "--cache", cache, "--data", text_file, "--vocab-size", 2048, "--batch-size", 4,
+               "--seq-len", 32, "--n-way", 4, "--k-shot", 2, "--n-query", 2, "--episode-len", 16, *flags, "--name", "halves"]
+    job = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "runs" / "halves" / "metrics.jsonl"
+    while job.poll() is None and not (log.exists() and '"kind"' in log.read_text()):
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 130 and "--resume" in error
+    stopped = torch.load(log.parent / "ckpt.pt", weights_only=True)["step"]
+    assert 0 < stopped < 60
+    assert script("train.py", *flags, "--name", "halves").returncode == 2  # it asks for --resume
+    with open(log, "a") as file:
+        file.write('{"step": 59, "kind": "lm", "loss": 1.0, "tok')  # and a crash may tear the last line
+    done = script("train.py", *flags, "--name", "halves", "--resume")
+    assert done.returncode == 0, done.stderr
+    states = [torch.load(tmp_path / "runs" / name / "ckpt.pt", weights_only=True) for name in ("whole", "halves")]
+    for key in ("model", "head", "optimizer"):
+        assert same_state(states[0][key], states[1][key]), key
+    kept = lambda line: {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+    assert [kept(line) for line in read(log.parent)] == [kept(line) for line in read(tmp_path / "runs" / "whole")]
+
+
+def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, corpus, cache, text_file, tmp_path):
+    seen = {}
+    original = train.data.lm_batch
+    monkeypatch.chdir(tmp_path)
+    for name, extra in (("vanilla", []), ("hybrid", ["--meta"])):
+        batches = seen[name] = []
+        monkeypatch.setattr(train.data, "lm_batch", lambda *a: batches.append(original(*a)[0]) or original(*a))
+        args, _ = train.parse(["--data", str(text_file), "--cache", str(cache), "--vocab-size", "2048", "--batch-size", "4", "--seq-len", "32",
+                               "--n-way", "4", "--k-shot", "2", "--episode-len", "16", "--steps", "12", "--eval-every", "99", "--grad-accum", "2",
+                               "--probe-every", "99", "--quiet", "--name", name, *extra])
+        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+        assert train.train(args) == 0
+        for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(s, handler)
+    assert len(seen["vanilla"]) == 24 and 0 < len(seen["hybrid"]) < 24 and seen["vanilla"][0].shape == (2, 32)
+    assert all(torch.equal(a, b) for a, b in zip(seen["vanilla"], seen["hybrid"]))
+
+
+BAD = {
+    "missing data": (["--data", "nowhere.txt"], "no such file"),
+    "empty data": (["--data", "empty.txt"], "empty"),
+    "binary data": (["--data", "binary.txt"], "not"),
+    "short data": (["--data", "short.txt"], "too short"),
+    "few words": (["--data", "plain.txt", "--meta", "--batch-size", 1, "--seq-len", 8], "words for 4-way"),
+    "size": (["--size", "12m"], "invalid choice"),
+    "one way": (["--n-way", 1], "at least 2"),
+    "ratio": (["--hybrid-ratio", 1.5], "0 to 1"),
+    "context": (["--seq-len", 4096], "2 to 2048"),
+    "steps": (["--steps", -5], "at least 1"),
+    "lr": (["--lr", "fast"], "number"),
+    "lr nan": (["--lr", "nan"], "at least 0"),
+    "vocabulary": (["--vocab-size", 70000], "65536"),
+    "accumulation": (["--grad-accum", 3], "multiple"),
+    "device": (["--device", "warp"], "--device"),
+    "name": (["--name", "../elsewhere"], "plain folder name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_touches_nothing(case, tmp_path, cache, text_file, monkeypatch, capsys):
+    flags, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(os.urandom(4000))
+    (tmp_path / "short.txt").write_text("a few words only")
+    (tmp_path / "plain.txt").write_text("no word often enough to be asked about here\n" * 3000)
+    before = sorted(tmp_path.iterdir())
+    base = ["--data", text_file, "--vocab-size", 2048, "--batch-size", 4, "--seq-len", 32, "--n-way", 4, "--cache", cache, "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, base + flags)])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error, error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_another_configuration_in_the_folder_is_refused(script, tmp_path):
+    assert script("train.py", "--steps", 2, "--name", "mine").returncode == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "runs" / "mine").iterdir()}
+    done = script("train.py", "--steps", 2, "--name", "mine", "--lr", 0.5)
+    assert done.returncode == 2 and "--lr" in done.stderr and done.stderr.count("\n") == 1
+    assert {p: p.read_bytes() for p in (tmp_path / "runs" / "mine").iterdir()} == before
+    (tmp_path / "runs" / "notes").mkdir()
+    (tmp_path / "runs" / "notes" / "diary.txt").write_text("mine")
+    assert script("train.py", "--steps", 2, "--name", "notes").returncode == 2
+    more = script("train.py", "--steps", 4, "--name", "mine", "--resume")
+    assert more.returncode == 0 and read(tmp_path / "runs" / "mine")[-1]["step"] == 4
+
+
+def test_comparison_and_pictures_from_the_command_line(script, tmp_path):
+    flags = ["--steps", 30, "--eval-every", 10, "--probe-every", 10]
+    assert script("train.py", *flags).returncode == 0 and script("train.py", *flags, "--meta").returncode == 0
+    done = script("probe.py", "runs/11m-vanilla", "runs/11m-meta")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    assert set(result["sooner_by"]["11m-meta"]) >= {"levels", "step", "tokens", "flops", "seconds", "papers_reading"}
+    assert (tmp_path / "compare" / "compare.png").stat().st_size > 10_000
+    assert script("probe.py", "runs/11m-meta", "--live").returncode == 0  # a finished run is drawn once
+    assert len(json.loads((tmp_path / "runs" / "11m-meta" / "phases.json").read_text())["head entropy"]) == 12
+    missing = script("probe.py", "runs/none")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
