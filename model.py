@@ -261,6 +261,13 @@ def fingerprint(state):
     return sha.hexdigest()
 
 
+def write_atomically(path, content):
+    """Write text or bytes to path so that it is at every instant the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    temporary.replace(path)
+
+
 def save_checkpoint(folder, state):
     """Write state to folder/ckpt.pt so that a whole checkpoint exists at every instant: to a temporary file first,
     flushed to the disk; the one before is kept as ckpt-previous.pt."""

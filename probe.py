@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import Parser, cross_entropy
+from model import Parser, cross_entropy, write_atomically
 
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 BATCH = 4          # validation windows in the probe batch
@@ -89,14 +89,7 @@ def is_probe_step(step, every, last):
     return step % every == 0 or step == last or (step < every and step & (step - 1) == 0)
 
 
-# ---- files -------------------------------------------------------------------------------------------------
-
-def write_atomically(path, content):
-    """Write text or bytes to path so that it is at every instant the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    temporary.replace(path)
-
+# ---- the log -----------------------------------------------------------------------------------------------
 
 def read_metrics(path):
     """(lines, notes): the objects of a metrics.jsonl as far as it is whole, and what was wrong with the rest."""
@@ -267,6 +260,7 @@ def log_steps(ax, last):
 
 def draw_dynamics(figure, lines, settings):
     """Draw one run on an empty figure: losses, few-shot accuracy, and rank and entropy by layer as lines and maps."""
+    from matplotlib import colormaps
     last = lines[-1]["step"] if lines else 1
     (losses, ranks, entropies), (accuracy, rank_map, entropy_map) = figure.subplots(2, 3)
 
@@ -305,7 +299,7 @@ def draw_dynamics(figure, lines, settings):
                 panel(ax, f"{name}: no probe yet")
             continue
         values = values.mean(axis=2) if values.ndim == 3 else values  # (S, layers)
-        colours = colormap()(np.linspace(0, 0.9, values.shape[1]))
+        colours = colormaps["viridis"](np.linspace(0, 0.9, values.shape[1]))
         for layer, colour in enumerate(colours):
             line_ax.plot(x, values[:, layer], color=colour, linewidth=1.2)
         for layer in (0, values.shape[1] - 1):
@@ -319,11 +313,6 @@ def draw_dynamics(figure, lines, settings):
             log_steps(ax, edges[-1])
     kind = f"meta-learning in {settings['hybrid_ratio']:.0%} of updates" if settings.get("meta") else "vanilla"
     figure.suptitle(f"{settings['name']}: {settings['size']}, {kind}, {last:,} of {settings['steps']:,} updates, seed {settings.get('seed', 0)}")
-
-
-def colormap():
-    import matplotlib
-    return matplotlib.colormaps["viridis"]
 
 
 def new_figure(width=15.0, height=8.0):

@@ -9,7 +9,6 @@ is a function of --seed and a step number, so a vanilla and a hybrid run see the
 import argparse
 import json
 import math
-import os
 import platform
 import signal
 import sys
@@ -23,10 +22,11 @@ from tqdm import tqdm
 import data
 import probe
 from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
-from model import SIZES, Config, Decoder, Parser, generate, lm_flops, load_checkpoint, pick_device, precision, save_checkpoint
+from model import SIZES, Config, Decoder, Parser, generate, lm_flops, load_checkpoint, pick_device, precision, save_checkpoint, write_atomically
 
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
 FLUSH_EVERY = 10  # updates between looks at the losses: on a GPU a look waits for the device
+HEAD_SHARE = 0.1  # the meta head's part of the learning rate: at all of it the inner loop lost its grip on the head
 EVAL_TOKENS, EVAL_BATCH = 16_384, 8  # validation tokens, and windows at a time
 
 
@@ -159,7 +159,7 @@ def open_log(path, last_step):
     """metrics.jsonl, opened to append, without a torn last line and lines after the checkpoint at last_step; and
     the lines that stay."""
     kept = [line for line in probe.read_metrics(path)[0] if line["step"] <= last_step] if path.exists() else []
-    probe.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
     return open(path, "a"), kept
 
 
@@ -184,7 +184,8 @@ def train(args):
     decoder.to(device)
     head = MetaHead(config.d_model, args.head, args.n_way, len(corpus.index.words), generator).to(device) if args.meta else None
     parameters = [p for module in (decoder, head) if module for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    groups = [{"params": list(decoder.parameters()), "share": 1.0}, {"params": list(head.parameters()) if head else [], "share": HEAD_SHARE}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     settings = vars(args) | {
         "parameters": sum(p.numel() for p in decoder.parameters()),
@@ -200,8 +201,8 @@ def train(args):
         if head:
             head.load_state_dict(checkpoint["head"])
         spent = checkpoint["spent"]
-    probe.write_atomically(folder / "config.json", json.dumps(settings, indent=1))
-    probe.write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
+    write_atomically(folder / "config.json", json.dumps(settings, indent=1))
+    write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
     log, lines = open_log(folder / "metrics.jsonl", spent["step"] if checkpoint else -1)
     if device.type == "cuda":
         decoder.model.compile()
@@ -235,7 +236,7 @@ def train(args):
             spent["tokens"] += tokens
             spent["flops"] += flops
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         line |= {"lr": lr, "grad_norm": torch.nn.utils.clip_grad_norm_(parameters, 1.0)}
         optimizer.step()
         optimizer.zero_grad()
@@ -299,9 +300,9 @@ def train(args):
             pending.append(update())
         write_updates()
     bar.close()
-    save()
     log.close()
     if stop:
+        save()
         print(f"stopped after {spent['step']} of {args.steps} updates, saved; to continue: the same command with --resume", file=sys.stderr)
         return 128 + stop[0]
     print(summary(folder, lines, settings, corpus, windows, decoder, device))
