@@ -70,7 +70,9 @@ def parse(argv=None):
 
     meta = parser.add_argument_group("meta-learning")
     meta.add_argument("--meta", action="store_true", help="mix in meta steps")
-    meta.add_argument("--hybrid-ratio", type=number(float, 0, 1), default=0.5, help="probability that an update is a meta step")
+    meta.add_argument("--hybrid-ratio", type=number(float, 0, 1), default=0.5, help="probability that an update is a meta step, from --meta-start on")
+    meta.add_argument("--meta-start", type=number(float, 0, 1), default=0.25, help="share of the updates before the coin is first thrown: "
+                      "until then the states tell nothing, and adapting to them does harm")
     meta.add_argument("--n-way", type=number(int, 2), default=32, help="words per episode")
     meta.add_argument("--k-shot", type=number(int, 1), default=4, help="support examples per word")
     meta.add_argument("--n-query", type=number(int, 1), default=2, help="query examples per word")
@@ -100,8 +102,8 @@ def learning_rate(step, args):
 
 
 def is_meta_step(step, args):
-    """The coin of step `step`: a function of the seed alone."""
-    return args.meta and np.random.default_rng([args.seed, step, 2]).random() < args.hybrid_ratio
+    """The coin of step `step`: a function of the seed alone. It is thrown once the decoder knows something."""
+    return args.meta and step >= args.meta_start * args.steps and np.random.default_rng([args.seed, step, 2]).random() < args.hybrid_ratio
 
 
 @torch.no_grad()
