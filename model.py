@@ -362,10 +362,10 @@ def precision(device):
 # ---- sampling ----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, generator=None, stop=None, use_cache=True):
+def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, generator=None, stop=None):
     """Continue ids (list of int) by up to n_tokens and yield each new id. temperature 0 takes the likeliest; ids of
-    n_ids and above (padding) are never drawn; `stop` ends the text. With the cache each token costs one position;
-    beyond the decoder's context the oldest half is forgotten."""
+    n_ids and above (padding) are never drawn; `stop` ends the text. A cache of keys and values makes each token cost
+    one position; where the context is full, the older half is forgotten."""
     device, context = decoder.lm_head.weight.device, decoder.config.context
     ids, caches = list(ids), None
     for _ in range(n_tokens):
@@ -375,8 +375,6 @@ def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, gene
         else:
             seen = ids[-1:]
         logits = decoder(torch.tensor([seen], device=device), caches)[0, -1, :n_ids].float().cpu()
-        if not use_cache:
-            caches = None
         if temperature > 0:
             if top_k:
                 logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -float("inf")
@@ -391,8 +389,19 @@ def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, gene
 
 # ---- the command -------------------------------------------------------------------------------------------
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """States each default once, and none where there is none."""
+
+    def _get_help_string(self, action):
+        plain = action.default is None or action.default is False or "default" in action.help
+        return action.help if plain else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line, with exit code 2."""
+    """ArgumentParser that states defaults and whose errors are one line, with exit code 2."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -409,8 +418,7 @@ def table_of_sizes():
 
 
 def main():
-    parser = Parser(description="Print the table of model sizes, or a sample from a trained run.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Print the table of model sizes, or a sample from a trained run.")
     parser.add_argument("run", nargs="?", help="folder of a trained run, such as runs/11m-meta (default: print the sizes)")
     parser.add_argument("--prompt", default="Returns the", help="text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to add at most; the end of a document ends the text")

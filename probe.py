@@ -167,37 +167,45 @@ def hump(values):
     return heights[peak], int(values[:peak + 1].argmin()), peak, peak + int(values[peak:].argmin())
 
 
-def phase(steps, values, draws=400):
-    """What one layer's curve values (S,) at steps (S,) does: a dict of bottom, peak and reconverged (the step at which
-    nine tenths of the fall are done), the sizes of rise and fall, p, and a verdict in a word.
+def hump_test(values, draws=400):
+    """(height, bottom, peak, end, p) of the best rise and fall in values (S,), smoothed.
 
-    p is the probability of a rise-and-fall of this height in curves that are monotone in truth: the best monotone
-    fit plus noise, which is what a fit that may fall, rise and fall leaves over, resampled in blocks that keep its
+    p is the probability of one of this height in curves that are monotone in truth: the best monotone fit plus noise,
+    which is what a fit that may fall, rise, fall and rise leaves over, resampled in blocks that keep its
     autocorrelation (Kunsch 1989)."""
-    smoothed = smooth(values)
-    height, bottom, peak, end = hump(smoothed)
+    height, bottom, peak, end = hump(smooth(values))
     falling = lambda part: -monotone_fit(-part)
     fit = min(monotone_fit(values), falling(values), key=lambda f: ((values - f) ** 2).sum())
-    free_fit = np.concatenate([falling(values[:bottom]), monotone_fit(values[bottom:peak]), falling(values[peak:])])
+    free_fit = np.concatenate([falling(values[:bottom]), monotone_fit(values[bottom:peak]),
+                               falling(values[peak:end]), monotone_fit(values[end:])])
     freedom = len(values) - len(np.unique(free_fit))  # the fit follows the noise, too: what it leaves is too small
-    residuals = (values - free_fit) * len(values) / max(1, freedom)
-    size = max(3, len(values) // 4)
-    rng = np.random.default_rng(0)
-    starts = rng.integers(0, len(values), (draws, -(-len(values) // size)))
+    residuals, size = (values - free_fit) * len(values) / max(1, freedom), max(3, len(values) // 4)
+    starts = np.random.default_rng(0).integers(0, len(values), (draws, -(-len(values) // size)))
     at = (starts[:, :, None] + np.arange(size)) % len(values)
     null = fit + residuals[at.reshape(draws, -1)[:, :len(values)]]
-    p = (1 + sum(hump(smooth(curve))[0] >= height for curve in null)) / (1 + draws)
-    spread = np.ptp(smoothed)
-    if p < 0.01 and height > 0.1 * spread:
-        verdict = "rises and falls"
+    return height, bottom, peak, end, (1 + sum(hump(smooth(curve))[0] >= height for curve in null)) / (1 + draws)
+
+
+def phase(steps, values):
+    """What one layer's curve values (S,) at steps (S,) does: a dict of bottom, peak and reconverged (the step at which
+    nine tenths of the fall are done), the sizes of rise and fall, p (see hump_test), and a verdict in a word. The
+    opposite, a fall and a rise, is tested likewise: its lowest point is trough, its p is p_trough."""
+    smoothed, spread = smooth(values), np.ptp(smooth(values))
+    height, bottom, peak, end, p = hump_test(values)
+    depth, _, trough, _, p_trough = hump_test(-values)
+    humped, dipped = p < 0.005 and height > 0.05 * spread, p_trough < 0.005 and depth > 0.05 * spread
+    if humped and dipped:
+        verdict = "rises, falls, rises" if peak < trough else "falls, rises, falls"
+    elif humped or dipped:
+        verdict = "rises and falls" if humped else "falls and rises"
     elif spread < 1e-9:
         verdict = "flat"
     else:
-        verdict = "monotone, rising" if fit[-1] > fit[0] else "monotone, falling"
+        verdict = "monotone, rising" if smoothed[-1] > smoothed[0] else "monotone, falling"
     fallen = smoothed[peak] - smoothed[peak:end + 1] >= 0.9 * (smoothed[peak] - smoothed[end])
     return {"bottom": int(steps[bottom]), "peak": int(steps[peak]), "reconverged": int(steps[peak + int(fallen.argmax())]),
-            "rise": float(smoothed[peak] - smoothed[bottom]), "fall": float(smoothed[peak] - smoothed[end]),
-            "p": float(p), "verdict": verdict}
+            "rise": float(smoothed[peak] - smoothed[bottom]), "fall": float(smoothed[peak] - smoothed[end]), "p": float(p),
+            "trough": int(steps[trough]), "p_trough": float(p_trough), "verdict": verdict}
 
 
 CURVES = {"rank of hidden states": ("effective_rank", "hidden"), "rank of attention weights": ("effective_rank", "attention"),
@@ -219,16 +227,16 @@ def phase_table(result):
     """The phases in words: one row a layer, and for each curve who peaks first and who reconverges."""
     rows = []
     for name, layers in result.items():
-        rows.append(f"\n{name}\n{'layer':>6} {'bottom':>7} {'peak':>6} {'reconverged':>12} {'rise':>8} {'fall':>8} {'p':>6}  verdict")
-        rows += [f"{i:>6} {q['bottom']:>7} {q['peak']:>6} {q['reconverged']:>12} {q['rise']:>8.3g} {q['fall']:>8.3g} {q['p']:>6.3f}  {q['verdict']}"
+        rows.append(f"\n{name}\n{'layer':>6} {'bottom':>7} {'peak':>6} {'reconverged':>12} {'rise':>8} {'fall':>8} {'p':>6} {'trough':>7} {'p':>6}  verdict")
+        rows += [f"{i:>6} {q['bottom']:>7} {q['peak']:>6} {q['reconverged']:>12} {q['rise']:>8.3g} {q['fall']:>8.3g} {q['p']:>6.3f} {q['trough']:>7} {q['p_trough']:>6.3f}  {q['verdict']}"
                  for i, q in enumerate(layers)]
-        humps = [(q["peak"], q["reconverged"], i) for i, q in enumerate(layers) if q["verdict"] == "rises and falls"]
+        humps = [(q["peak"], q["reconverged"], i) for i, q in enumerate(layers) if "rises and falls" in q["verdict"] or "rises, falls" in q["verdict"]]
         if humps:
             first, back = sorted(humps)[:3], sorted((end, i) for _, end, i in humps)[:3]
             rows.append(f"  {len(humps)} of {len(layers)} layers fan out, then collapse; first to peak (to specialise): layers "
                         f"{', '.join(str(i) for *_, i in first)}; first to reconverge: layers {', '.join(str(i) for _, i in back)}")
         else:
-            rows.append(f"  no layer of {len(layers)} fans out and then collapses (no rise-and-fall beyond autocorrelated noise, p < 0.01)")
+            rows.append(f"  no layer of {len(layers)} fans out and then collapses (no rise-and-fall beyond autocorrelated noise, p < 0.005)")
     return "\n".join(rows) if rows else "fewer than 8 probes: too early for phases"
 
 

@@ -31,8 +31,7 @@ EVAL_TOKENS, EVAL_BATCH = 16_384, 8  # validation tokens, and windows at a time
 
 
 def parse(argv=None):
-    parser = Parser(description="Pretrain a small decoder on next-token prediction, mixed with meta-learning (--meta).",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Pretrain a small decoder on next-token prediction, mixed with meta-learning (--meta).")
 
     def number(kind, low, high=math.inf):
         def convert(text):
@@ -329,6 +328,7 @@ def summary(folder, lines, settings, corpus, windows, decoder, device):
     baselines = data.ngram_baselines(corpus.train, windows, corpus.vocab_size)
     rows = ["", f"validation loss {final['val_loss']:.3f} nats per token ({final['bits_per_byte']:.3f} bits per byte); "
                 f"unigram {baselines['unigram']:.3f}, smoothed bigram {baselines['bigram']:.3f}"]
+    head = "fewshot_after_new" in final
     if "fewshot_chance" in final:
         rows += [f"few-shot accuracy on held-out words, {settings['n_way']}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
         error = {"prototype": "fewshot_stderr", "after": "fewshot_after_stderr"}
@@ -336,7 +336,8 @@ def summary(folder, lines, settings, corpus, windows, decoder, device):
             if f"fewshot_{key}" in final:
                 spread = f" +- {final[error[key]]:.1%}" if key in error else ""
                 rows.append(f"  {words:<26} {final[f'fewshot_{key}']:6.1%}{spread}   (untrained {first[f'fewshot_{key}']:.1%})")
-        rows.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   (on all queries; the others leave out those it can answer)")
+        rows.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   (prototypes are asked only what it cannot answer"
+                    + (f"; there the head has {final['fewshot_after_new']:.1%})" if head else ")"))
     else:
         rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {settings['n_way']}-way episodes")
     rows += [f"cost: {final['tokens']:,} tokens, {final['flops']:.3g} model FLOPs, {final['seconds'] / 60:.1f} minutes of training"

@@ -53,7 +53,7 @@ def test_measure_has_the_logs_keys_and_leaves_no_trace():
     report = json.loads(json.dumps(probe.measure(decoder, batch)))
     assert {key: len(v) for key, v in report["effective_rank"].items()} == dict.fromkeys(("hidden", "attention", "mlp", "attention_grad", "mlp_grad"), 3)
     assert np.shape(report["head_entropy"]["nats"]) == np.shape(report["head_entropy"]["normalised"]) == (3, 12)
-    assert all(0.9 < v <= 1 for row in report["head_entropy"]["normalised"] for v in row)  # untrained heads look everywhere
+    assert all(0.7 < v <= 1 for row in report["head_entropy"]["normalised"] for v in row)  # untrained heads look everywhere
     with torch.no_grad():
         states = decoder.model.embed_tokens(batch[:, :-1])
         states = decoder.model.layers[0](states, decoder.model.cos[:16, None], decoder.model.sin[:16, None]).flatten(0, 1)
@@ -80,10 +80,11 @@ def noise(seed, rho=0.5):
 
 def test_a_known_rise_and_fall_is_recovered():
     x = np.arange(len(STEPS))
-    for peak in (12, 18):
-        curve = 5 + 3 * np.interp(x, [0, 3, peak, 24, 27], [0.5, 0, 1, 0.25, 0.25])
+    for peak, start, verdict in ((12, 0.5, "falls, rises, falls"), (18, 0.02, "rises and falls")):
+        curve = 5 + 3 * np.interp(x, [0, 3, peak, 24, 27], [start, 0, 1, 0.25, 0.25])
         found = probe.phase(STEPS, curve + 0.02 * noise(peak))
-        assert found["verdict"] == "rises and falls" and found["p"] < 0.01
+        assert found["verdict"] == verdict and found["p"] < 0.005
+        assert probe.phase(STEPS, -curve + 0.02 * noise(peak))["trough"] in STEPS[peak - 1:peak + 2]
         assert STEPS[2] <= found["bottom"] <= STEPS[4] and STEPS[peak - 1] <= found["peak"] <= STEPS[peak + 1]
         assert STEPS[22] <= found["reconverged"] <= STEPS[25]
         assert found["rise"] == pytest.approx(3, abs=0.6) and found["fall"] == pytest.approx(2.25, abs=0.5)
@@ -96,7 +97,7 @@ def test_monotone_curves_are_called_monotone(shape, word):
     assert probe.phase(STEPS, shape(t))["verdict"] == word
     if word != "flat":  # with autocorrelated noise a false alarm is rare
         verdicts = [probe.phase(STEPS, shape(t) + 0.04 * noise(seed))["verdict"] for seed in range(20)]
-        assert verdicts.count(word) >= 17
+        assert verdicts.count(word) >= 16
 
 
 def test_monotone_fit_is_the_least_squares_one():
