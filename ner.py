@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from model import Decoder, Parser, fingerprint, load_run, pick_device, precision
-from probe import new_figure, save_figure, write_atomically
+from model import Decoder, Parser, fingerprint, load_run, pick_device, precision, write_atomically
+from probe import new_figure, save_figure
 
 TYPES = ["PER", "ORG", "LOC"]
 TAGS = ["O"] + [f"{prefix}-{kind}" for kind in TYPES for prefix in "BI"]

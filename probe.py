@@ -348,6 +348,7 @@ class Artist:
 
 COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs", "seconds": "seconds of training"}
 FEWSHOT = {"fewshot_prototype": "prototype", "fewshot_before": "head before", "fewshot_after": "head after"}
+STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
 NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device", "device_name", "versions", "head_parameters"}
 
 
@@ -405,7 +406,7 @@ def compare(groups):
     for label, runs in groups.items():
         entry = result["groups"][label] = {"runs": [s["name"] for s, _ in runs]}
         curves = {key: [series(lines, key)[1] for _, lines in runs]
-                  for key in (loss, *FEWSHOT, "fewshot_stderr", "fewshot_after_stderr", "fewshot_lookup", "fewshot_chance")}
+                  for key in (loss, *FEWSHOT, *STANDARD_ERROR.values(), "fewshot_lookup", "fewshot_chance")}
         curves |= {name: [series(lines, *path)[1] for _, lines in runs] for name, path in CURVES.items()}
         for key, values in curves.items():
             if all(map(len, values)):
@@ -441,8 +442,7 @@ def comparison_table(result):
         untrained = f"{entry['fewshot_prototype']['untrained']:.1%}" if "fewshot_prototype" in entry else "-"
         rows.append(f"{label:<20} {figure(entry, result['loss'], '{:.3f}'):>16} " + "".join(f"{figure(entry, key):>18}" for key in FEWSHOT)
                     + f"{untrained:>21} {figure(entry, 'fewshot_chance'):>8}")
-        errors = [f"{FEWSHOT[key]} {entry[error]['mean']:.1%}" for key, error in
-                  (("fewshot_prototype", "fewshot_stderr"), ("fewshot_after", "fewshot_after_stderr")) if error in entry]
+        errors = [f"{FEWSHOT[key]} {entry[error]['mean']:.1%}" for key, error in STANDARD_ERROR.items() if error in entry]
         rows.append(f"{'':<20} standard error over episodes: {', '.join(errors)}" if errors else "")
     first = next(iter(result["groups"]))
     ratio = lambda entry, i: "never reached" if entry["mean"][i] is None else f"{entry['mean'][i]:.2f}x" + (f" +- {entry['sd'][i]:.2f}" if entry["sd"] else "")
@@ -459,6 +459,7 @@ def comparison_table(result):
 
 def draw_comparison(figure, groups, result):
     """Draw the comparison on an empty figure: the same held-out loss against four costs, accuracy, rank, entropy."""
+    from matplotlib.ticker import EngFormatter, LogLocator
     axes = figure.subplots(2, 4).ravel()
     colours = dict(zip(groups, COLOURS * len(groups)))
     for ax, (cost, name) in zip(axes, COSTS.items()):
@@ -467,15 +468,19 @@ def draw_comparison(figure, groups, result):
                 x, y = series(lines, result["loss"], x=cost)
                 ax.plot(x[1:], y[1:], "o-", markersize=2.5, linewidth=1.2, color=colours[label], label=None if i else label)
         ends = [entry[cost]["mean"][-1] for entry in result["sooner_by"].values()]
-        panel(ax, "; ".join("never reached" if end is None else f"{end:.2f}x sooner" for end in ends), result["unit"], name)
+        panel(ax, "sooner by " + "; ".join("- (never reached)" if end is None else f"{end:.2f}x" for end in ends), result["unit"], name)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_minor_formatter("")
     axes[0].legend(fontsize=8, frameon=False)
     width = 0.8 / len(groups)
     for g, (label, entry) in enumerate(result["groups"].items()):
         for b, key in enumerate(FEWSHOT):
             if key in entry:
                 at = b + (g - (len(groups) - 1) / 2) * width
-                axes[4].bar(at, 100 * entry[key]["mean"], width, yerr=100 * (entry[key]["sd"] or 0), color=colours[label], capsize=2)
+                error = entry[key]["sd"] or entry.get(STANDARD_ERROR.get(key), {"mean": 0})["mean"]  # over seeds, else episodes
+                axes[4].bar(at, 100 * entry[key]["mean"], width, yerr=100 * error, color=colours[label], capsize=2)
                 axes[4].hlines(100 * entry[key]["untrained"], at - width / 2, at + width / 2, color="black", linewidth=1)
         if "fewshot_chance" in entry:
             axes[4].axhline(100 * entry["fewshot_chance"]["mean"], color="grey", linestyle="--", linewidth=1)

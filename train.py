@@ -293,7 +293,8 @@ def train(args):
             with autocast:
                 write([costs() | evaluate(decoder, head, corpus, windows, fewshot, args, device)])
             save()
-            artist.draw(lines, settings, last=step == args.steps)
+            if step:
+                artist.draw(lines, settings, last=step == args.steps)
         if step == args.steps or stop:
             break
         pending, mark = [], (time.perf_counter(), spent["tokens"])  # the clock runs in updates alone
