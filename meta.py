@@ -204,8 +204,8 @@ def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", 
         if head is not None:
             module, inputs = (head, at_mask) if inner == "head" else (Learner(backbone, head), rows.ids)
             labels = torch.arange(n_way, device=device).repeat_interleave(k_shot)
-            start = module.start(torch.from_numpy(rows.word[support[:, 0]]).to(device))
             with torch.enable_grad():
+                start = module.start(torch.from_numpy(rows.word[support[:, 0]]).to(device))
                 fast = adapt(module, start, inputs[support.ravel()].to(device), labels, inner_steps, inner_lr)
             with torch.no_grad():
                 for name, parameters in (("before", start), ("after", fast)):

@@ -9,7 +9,6 @@ biases, untied embeddings. Parameter names and the rotary convention are those o
 """
 import argparse
 import codecs
-import contextlib
 import hashlib
 import json
 import os
@@ -99,20 +98,22 @@ class Attention(nn.Module):
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
             cache.update(k=k, v=v)
         causal = T == k.shape[2]  # otherwise x is the one newest token, which may see everything
-        with attention_kernel(q, k):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1, enable_gqa=True)
+        out = attend(q, k, v, causal and T > 1)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
 
 
-def attention_kernel(q, k):
-    """Context that picks the kernel of scaled_dot_product_attention. In bf16 on a CPU the fused kernel's backward
-    pass is slow on short rows: plain batched products took 18 ms instead of 29 at 8 x 256 tokens and 20 instead of
-    144 at 128 x 64 (forward and backward of one layer, 12 heads of width 8, two cores). They hold one layer's
-    (B, heads, T, T) scores, so they serve only while these fit the allocator's fast path."""
-    score_bytes = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and score_bytes <= CPU_BLOCK:
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
+def attend(q, k, v, causal):
+    """scaled_dot_product_attention by the fastest kernel. In bf16 on a CPU the fused one's backward pass is slow on
+    short rows: plain batched products took 18 ms instead of 29 at 8 x 256 tokens and 20 instead of 144 at 128 x 64
+    (forward and backward of one layer, 12 heads of width 8, two cores), and a third less in pieces that fit the cache.
+    They hold one layer's (B, heads, T, T) scores, so they serve only while these are few."""
+    score_bytes = 2 * q.shape[1] * q.shape[2] * k.shape[2]  # of one sequence
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or len(q) * score_bytes > CPU_BLOCK:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    piece = max(1, CPU_BLOCK // 4 // score_bytes)
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.cat([F.scaled_dot_product_attention(*part, is_causal=causal, enable_gqa=True)
+                          for part in zip(q.split(piece), k.split(piece), v.split(piece))])
 
 
 CPU_BLOCK = 26_000_000  # bytes; glibc takes larger blocks fresh from the kernel each time, at 20 ms in page faults
@@ -204,19 +205,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         n, device = hidden.shape[0], hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         weight_low = weight.to(dtype)
-        # A block of logits that stays in the allocator's fast path: 128 rows of 50304 in fp32 took 9 ms, 256 took 60.
-        block = (CPU_BLOCK if device == "cpu" else 2 ** 28) // (weight_low.element_size() * len(weight))
+        block = max(1, (CPU_BLOCK if device == "cpu" else 2 ** 28) // (weight_low.element_size() * len(weight)))
+        # one block of scores, used again and again: fresh ones cost 0.30 s instead of 0.21 at 2048 x 50304 (page faults)
+        scores = torch.empty(min(block, n), len(weight), dtype=dtype, device=hidden.device)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_weight = torch.zeros_like(weight) if with_grad else None
-        for start in range(0, n, max(1, block)):
-            rows = slice(start, start + max(1, block))
+        for start in range(0, n, block):
+            rows = slice(start, start + block)
             h, target = hidden[rows].to(dtype), targets[rows]
-            logits = h @ weight_low.T                                 # (rows, V)
+            logits = torch.mm(h, weight_low.T, out=scores[:len(h)])   # (rows, V)
             if not with_grad:
                 total += F.cross_entropy(logits.float(), target, reduction="sum")
                 continue
-            probs = logits.softmax(dim=1)
+            probs = torch.softmax(logits, dim=1, out=logits)
             at = torch.arange(len(target), device=target.device), target
             total -= probs[at].float().clamp_min(1e-38).log().sum()
             probs[at] -= 1                                            # d loss / d logits = softmax - one-hot

@@ -166,6 +166,15 @@ def test_fewshot_accuracy_is_perfect_or_chance(shuffled):
     assert 0 <= report["fewshot_stderr"] < 0.03
 
 
+@pytest.mark.parametrize("kind, inner", [("words", "head"), ("slots", "all")])
+def test_fewshot_accuracy_of_other_heads_and_inner_loops(kind, inner):
+    """Under no_grad, as the training loop evaluates: a head with a row per word, and a loop that adapts the backbone."""
+    head = meta.MetaHead(16, kind, 6, 12, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        report = meta.evaluate_fewshot(Known(12), head, known_rows(False), 6, 4, "cpu", inner, inner_steps=30, inner_lr=0.3)
+    assert report["fewshot_after"] > 0.95 > report["fewshot_before"]
+
+
 def test_fewshot_leaves_out_what_the_previous_token_tells():
     """If the previous token always tells the word, the look-up is perfect and nothing is left to ask."""
     rows = known_rows(False)
