@@ -8,7 +8,6 @@ frozen states (`head`) it asks what they already know; trained with the decoder 
 Data and scores follow Universal NER (Mayhew et al. 2024, arXiv 2311.09122), tuning the paper. Writes ner/ner.json (a
 cell for each run, training treebank, mode, seed and test treebank) and ner/ner.png.
 """
-import argparse
 import copy
 import http.client
 import itertools
