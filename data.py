@@ -1,212 +1,40 @@
-"""Text -> tokens -> next-token batches and few-shot episodes.
+"""Tokens -> next-token batches and few-shot episodes.
+
+    python data.py --show                                   # what the default corpus holds, and one episode in words
+    python data.py book.txt more.jsonl.gz --out FOLDER      # prepare a text once, for train.py --data FOLDER
 
     from data import load, lm_batch, EpisodeSampler
 
-The default corpus needs no download: it is the documentation on the reader's disk, that is the docstrings of the
-Python standard library and of the packages in PACKAGES, read with `ast` and never imported. Everything prepared
-(tokenizer, uint16 token files, occurrence index) lies in a cache folder named after what it was made from.
+A corpus is a tokenizer and two uint16 token files, made from text (text.py says where it comes from) or taken from files
+that hold GPT-2 ids already. What is prepared lies in a cache folder named after what it was made from.
 """
-import ast
 import base64
-import gc
 import hashlib
-import heapq
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import shutil
-import sysconfig
-from collections import Counter, defaultdict
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import regex  # tiktoken's own dependency; it understands the same \p{...} patterns
 import tiktoken
 import torch
 from tqdm import tqdm
 
-PACKAGES = ["numpy", "torch", "matplotlib", "sympy", "networkx"]  # beside the standard library; torch brings the last two
-TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's split into pre-tokens
-END, MASK = "<|endoftext|>", "<|mask|>"
-FORMAT = 1                    # counted up when the files in the cache change their meaning
-PIECE = 16_384                # characters: long texts are cut into documents of this length, at line ends
-BPE_SAMPLE = 64_000_000       # characters of training text from which the tokenizer learns
+from text import (END, MASK, PACKAGES, DataError, bpe_encoding, count_words, digest, documents, gpt2_encoding, installed_docs, is_validation,
+                  load_encoding, text_files, train_bpe)
+
+FORMAT = 2                    # counted up when the files in the cache change their meaning
 INDEX_TOKENS = 50_000_000     # tokens in which episodes look for their words
 MIN_COUNT, MOST_COMMON = 64, 100  # the frequency band of the words that episodes ask about
-
-
-class DataError(Exception):
-    """The user's text, tokens or settings cannot be used; the message says why and what to do."""
-
-
-# ---- documents ---------------------------------------------------------------------------------------------
-
-def digest(text):
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def is_validation(name):
-    """A tenth of the documents, chosen by a hash of their name, is kept for validation."""
-    return digest(name)[-1] % 10 == 0
-
-
-def installed_docs(quiet=False):
-    """[(name, text)] for each module with docstrings on this machine, ordered by a hash of the name. A docstring
-    that stands twice is taken once, so that validation text is not training text by another name."""
-    roots = [("python", Path(sysconfig.get_path("stdlib")))]
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec and spec.origin:
-            roots.append((package, Path(spec.origin).parent))
-    files = [(f"{name}/{path.relative_to(root).as_posix()}", path) for name, root in roots for path in root.rglob("*.py")
-             if not TEST_FOLDERS.intersection(path.relative_to(root).parts[:-1])]
-    files.sort(key=lambda item: digest(item[0]))
-    documents, seen = [], set()
-    gc.disable()  # syntax trees are many small objects: the collector's passes over them took a third of the time
-    try:
-        for name, path in tqdm(files, desc="reading documentation", unit="file", disable=True if quiet else None):
-            texts = [text for text in docstrings(path) if not (digest(text) in seen or seen.add(digest(text)))]
-            if texts:
-                documents.append((name, "\n\n".join(texts)))
-    finally:
-        gc.enable()
-    return documents
-
-
-def docstrings(path):
-    """The docstrings of one source file, in order; for pydoc_data/topics.py, a table of texts, its long strings."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return []  # a file that Python itself could not read (templates, other versions' syntax)
-    if path.parent.name == "pydoc_data":
-        return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
-                and isinstance(node.value, str) and len(node.value) > 200]
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = sorted((node for node in ast.walk(tree) if isinstance(node, kinds)), key=lambda n: getattr(n, "lineno", 0))
-    return [text for text in map(ast.get_docstring, nodes) if text]
-
-
-def text_files(path):
-    """The files of --data PATH, sorted: one text file, or the .txt files of a folder. Raises DataError."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise DataError(f"no .txt file in the folder {path}: put plain text files there, or name one file")
-        return files
-    if not path.exists():
-        raise DataError(f"no such file or folder: {path}")
-    return [path]
-
-
-def text_documents(path, quiet=False):
-    """Yield (name, text) of at most PIECE characters from UTF-8 text, holding one piece at a time. Raises DataError."""
-    files = text_files(path)
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, desc="reading text", unit="B", unit_scale=True, disable=True if quiet else None) as bar:
-        for file in files:
-            try:
-                with open(file, encoding="utf-8") as stream:
-                    for i, text in enumerate(iter(lambda: stream.read(PIECE), "")):
-                        text += stream.readline(PIECE)  # to the end of the line, unless that is far
-                        if "\0" in text:
-                            raise DataError(f"{file} is not text (it holds a NUL byte): --data takes UTF-8 text")
-                        if text.strip():
-                            yield f"{file.name}#{i}", text
-                        bar.update(len(text.encode()))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
-            except OSError as error:
-                raise DataError(f"cannot read {file}: {error.strerror}") from None
-
-
-# ---- tokenizer ---------------------------------------------------------------------------------------------
-
-def train_bpe(counts, n_merges, quiet=False):
-    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) from pre-token counts {str: int}.
-
-    Returns the token bytes in order of rank: 256 bytes, then at most n_merges merges, fewer if no pair stands
-    twice. Pair counts are updated where a merge happened, and a heap with stale entries finds the next pair."""
-    words, frequency = [list(word.encode()) for word in counts], list(counts.values())
-    tokens = [bytes([i]) for i in range(256)]
-    pair_count, where = Counter(), defaultdict(set)  # pair -> occurrences; pair -> words that may hold it
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_count[pair] += frequency[i]
-            where[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
-    heapq.heapify(heap)
-    bar = tqdm(total=n_merges, desc="learning the tokenizer", unit="merge", disable=True if quiet else None)
-    while heap and len(tokens) < 256 + n_merges:
-        count, pair = heapq.heappop(heap)
-        current = pair_count[pair]
-        if current != -count:  # stale: the pair has lost occurrences since
-            if current > 1:
-                heapq.heappush(heap, (-current, pair))
-            continue
-        if current < 2:
-            break
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        change = Counter()
-        for i in where.pop(pair):
-            old, merged = words[i], merge(words[i], pair, new)
-            for p in zip(old, old[1:]):
-                change[p] -= frequency[i]
-            for p in zip(merged, merged[1:]):
-                change[p] += frequency[i]
-                where[p].add(i)
-            words[i] = merged
-        for p, delta in change.items():
-            pair_count[p] += delta
-            if delta > 0:
-                heapq.heappush(heap, (-pair_count[p], p))
-        bar.update()
-    bar.close()
-    return tokens
-
-
-def merge(word, pair, new):
-    """Replace each occurrence of pair in the list word, from the left, by new."""
-    out, i = [], 0
-    while i < len(word):
-        found = word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]
-        out.append(new if found else word[i])
-        i += 1 + found
-    return out
-
-
-def bpe_encoding(tokens):
-    """tiktoken.Encoding of the ranked tokens, with END and MASK behind them."""
-    return tiktoken.Encoding("nanomaml", pat_str=PATTERN, mergeable_ranks={token: i for i, token in enumerate(tokens)},
-                             special_tokens={END: len(tokens), MASK: len(tokens) + 1})
-
-
-def gpt2_encoding():
-    """tiktoken's GPT-2 encoding with MASK in the padding, at id 50257. Raises DataError where it cannot be fetched."""
-    try:
-        gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests' many kinds, and whatever a proxy makes of them
-        raise DataError(f"the GPT-2 vocabulary could not be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-                        "folder that holds it, or use the default --tokenizer bpe, which needs no network") from None
-    return tiktoken.Encoding("gpt2", pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
-                             special_tokens={END: 50256, MASK: 50257})
-
-
-def load_encoding(folder):
-    """The tokenizer that lies in a cache or run folder: `tokenizer.tiktoken`, a line of base64 and rank per token
-    (tiktoken's own format), or GPT-2's if that file is empty."""
-    try:
-        lines = (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
-        return bpe_encoding([base64.b64decode(line.split()[0]) for line in lines]) if lines else gpt2_encoding()
-    except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"no readable tokenizer in {folder}: {error}") from None
+SHARD_MAGIC = 20240520        # of llm.c's token files: 256 int32 (magic, version 1, tokens, ...), then uint16 ids
+COPY = 2 ** 22                # tokens copied and checked at a time
 
 
 # ---- corpus ------------------------------------------------------------------------------------------------
@@ -257,44 +85,54 @@ def load(data=None, tokenizer="bpe", vocab_size=50304, cache=None, quiet=False):
     vocab_size is the size of the decoder's vocabulary, 260 to 65536 (ids are uint16). Raises DataError."""
     if not 260 <= vocab_size <= 65536:
         raise DataError(f"--vocab-size {vocab_size} is outside 260 (the bytes and the special tokens) to 65536 (ids are uint16)")
+    if data and (Path(data) / "info.json").exists() and (Path(data) / "tokenizer.tiktoken").exists():
+        return open_corpus(Path(data), vocab_size)
+    shards = token_files(data) if data else {}
+    tokenizer = "gpt2" if shards else tokenizer
     if tokenizer == "gpt2" and vocab_size < 50258:
-        raise DataError(f"--tokenizer gpt2 has 50258 tokens with its mask: --vocab-size {vocab_size} is too small")
-    if data:
-        files = [file.resolve() for file in text_files(data)]
-        source = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    else:
-        source = [platform.python_version()]
-        source += [(p, metadata.version(p)) for p in PACKAGES if importlib.util.find_spec(p)]
+        raise DataError(f"GPT-2's vocabulary has 50258 tokens with its mask: --vocab-size {vocab_size} is too small")
+    files = sum(shards.values(), []) or (text_files([data]) if data else [])
+    source = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files] or [platform.python_version()] + [
+        (p, metadata.version(p)) for p in PACKAGES if importlib.util.find_spec(p)]
     key = digest(json.dumps([FORMAT, tokenizer, vocab_size, source])).hex()[:16]
     folder = cache_root(cache) / key
     if not (folder / "info.json").exists():
-        prepare(folder, data, tokenizer, vocab_size, quiet)
-    info = json.loads((folder / "info.json").read_text())
-    return Corpus(folder, load_encoding(folder), vocab_size, info)
+        prepare(folder, shards or files, tokenizer, vocab_size, quiet, str(data) if data else None)
+    return open_corpus(folder, vocab_size)
 
 
-def prepare(folder, data, tokenizer, vocab_size, quiet):
-    """Write tokenizer, token files and info.json to a folder beside `folder`, then rename it into place."""
-    documents = installed_docs(quiet) if not data else None
-    stream = lambda: iter(documents) if documents else text_documents(data, quiet)
+def open_corpus(folder, vocab_size):
+    """The Corpus in a prepared folder, once its files are what its info.json says. Raises DataError."""
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        whole = [2 * n for n in info["tokens"]] == [(folder / name).stat().st_size for name in ("train.bin", "val.bin")] and len(info["sha256"]) == 64
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise DataError(f"the prepared text in {folder} is not whole: prepare it again (what lies in the cache is made again once removed)")
+    corpus = Corpus(folder, load_encoding(folder), vocab_size, info)
+    if corpus.encoding.n_vocab > vocab_size:
+        raise DataError(f"{folder} was prepared with {corpus.encoding.n_vocab} tokens: --vocab-size {vocab_size} is too small")
+    top = max((int(tokens[at:at + COPY].max()) for tokens in (corpus.train, corpus.val) for at in range(0, len(tokens), COPY)), default=0)
+    if top >= corpus.encoding.n_vocab:
+        raise DataError(f"the prepared text in {folder} holds the id {top}, but its tokenizer ends at {corpus.encoding.n_vocab - 1}: prepare it again")
+    return corpus
+
+
+def prepare(folder, source, tokenizer, vocab_size, quiet, name=None):
+    """Write tokenizer, token files and info.json to a folder beside `folder`, then rename it into place. source is a list
+    of text files (none: the installed documentation) or what token_files found. Raises DataError."""
+    docs = None if source else installed_docs(quiet)
+    stream = lambda what: documents(source, what, quiet) if source else tqdm(docs, desc=what, unit="document", disable=True if quiet else None)
     work = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        tokens = []
-        if tokenizer == "bpe":
-            counts, size = Counter(), 0
-            for name, text in stream():
-                if size < BPE_SAMPLE and not is_validation(name):
-                    counts.update(regex.findall(PATTERN, text))
-                    size += len(text)
-            tokens = train_bpe(counts, vocab_size - 258, quiet)
-            encoding = bpe_encoding(tokens)
-        else:
-            encoding = gpt2_encoding()
-        (work / "tokenizer.tiktoken").write_bytes(
-            b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
-        info = write_tokens(work, stream(), encoding, quiet)
-        info["source"] = str(data) if data else "documentation of Python and " + ", ".join(PACKAGES)
+        info = copy_tokens(work, source, quiet) if isinstance(source, dict) else None  # ids are ready
+        tokens = train_bpe(count_words(stream("reading")), vocab_size - 258, quiet) if tokenizer == "bpe" else []
+        (work / "tokenizer.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
+        encoding = bpe_encoding(tokens) if tokens else gpt2_encoding()
+        info = info or write_tokens(work, stream("tokenizing"), encoding)
+        info["source"] = name or "documentation of Python and " + ", ".join(PACKAGES)
         (work / "info.json").write_text(json.dumps(info))
         try:
             work.rename(folder)
@@ -302,36 +140,87 @@ def prepare(folder, data, tokenizer, vocab_size, quiet):
             if not (folder / "info.json").exists():  # unless another process has just done the same work
                 raise
     except OSError as error:
-        raise DataError(f"cannot write to the cache {folder.parent}: {error.strerror} (--cache DIR takes another folder)") from None
+        raise DataError(f"cannot write to {folder.parent}: {error.strerror} (--cache DIR takes another folder)") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_tokens(folder, documents, encoding, quiet):
-    """Tokenize (name, text) pairs into train.bin and val.bin, END behind each document; returns counts and SHA-256."""
-    end, sha = encoding.encode_single_token(END), hashlib.sha256()
-    info = {"documents": 0, "bytes": 0}
-    threads, batch = os.cpu_count() or 1, []
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, \
-            tqdm(desc="tokenizing", unit="document", disable=True if quiet else None) as bar:
+def write_tokens(folder, stream, encoding):
+    """Tokenize (name, text) pairs, with all cores, into train.bin and val.bin, END behind each document; returns the
+    counts and the SHA-256."""
+    end, sha, batch = encoding.encode_single_token(END), hashlib.sha256(), []
+    info = {"documents": 0, "bytes": 0, "tokens": [0, 0]}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         def flush():
-            ids = encoding.encode_ordinary_batch([text for _, text in batch], num_threads=threads)
+            ids = encoding.encode_ordinary_batch([text for _, text in batch], num_threads=os.cpu_count() or 1)
             for (name, text), document in zip(batch, ids):
                 data = np.array(document + [end], dtype=np.uint16).tobytes()
                 (val if is_validation(name) else train).write(data)
                 sha.update(data)
                 info["documents"] += 1
                 info["bytes"] += len(text.encode("utf-8", "replace"))
-            bar.update(len(batch))
+                info["tokens"][is_validation(name)] += len(document) + 1
             batch.clear()
-        for item in documents:
+        for item in stream:
             batch.append(item)
             if len(batch) == 256:
                 flush()
         flush()
-        if not info["documents"]:
-            raise DataError("the text is empty: there is nothing to learn from")
+    if not info["documents"]:
+        raise DataError("the text is empty: there is nothing to learn from")
     return info | {"sha256": sha.hexdigest()}
+
+
+def token_files(path):
+    """{"train": files, "val": files} if path names files of GPT-2 ids: one .bin file, or a folder of them as nanoGPT
+    (train.bin, val.bin) and llm.c (names with _train_ and _val_) make it; else {}. Raises DataError."""
+    path = Path(path)
+    files = sorted(path.glob("*.bin")) if path.is_dir() else [path] if path.suffix == ".bin" and path.is_file() else []
+    if files and (path / "meta.pkl").exists():
+        raise DataError(f"{path} has a vocabulary of its own (meta.pkl, of single characters): only GPT-2 ids can be read")
+    val = [file for file in files if "val" in file.name]
+    if files and len(val) == len(files):
+        raise DataError(f"{path} holds token files for validation, but none to train on")
+    return {"train": [file for file in files if file not in val], "val": val} if files else {}
+
+
+def read_ids(file):
+    """A file of GPT-2 ids as a uint16 memory map, once its header and size are right. Raises DataError."""
+    size = file.stat().st_size
+    with open(file, "rb") as raw:
+        start = raw.read(1024)
+    header = np.frombuffer(start, dtype="<i4") if size >= 1024 else [0]
+    at = 1024 if header[0] == SHARD_MAGIC else 0
+    if start.startswith(b"\x93NUMPY"):
+        raise DataError(f"{file} is an array saved by NumPy: write the bare ids (array.astype('uint16').tofile)")
+    if at and (header[1] != 1 or size != 1024 + 2 * int(header[2])):
+        raise DataError(f"{file} is of version {header[1]} and has {size - 1024} bytes of ids: its header must say version 1, and {header[2]} ids are {2 * int(header[2])} bytes")
+    if size % 2 or size == at:
+        raise DataError(f"{file} has {size} bytes: uint16 ids take two each, and there must be some")
+    return np.memmap(file, dtype="<u2", mode="r", offset=at)
+
+
+def copy_tokens(folder, shards, quiet):
+    """Check files of GPT-2 ids and copy them to train.bin and val.bin; without validation files the last tenth serves.
+    Returns the counts and the SHA-256."""
+    sha, counts = hashlib.sha256(), {"train": 0, "val": 0}
+    total = sum(file.stat().st_size for files in shards.values() for file in files)
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, \
+            tqdm(total=total, desc="copying", unit="B", unit_scale=True, disable=True if quiet else None) as bar:
+        for part, files in shards.items():
+            for file in files:
+                ids = read_ids(file)
+                cut = len(ids) if shards["val"] else len(ids) * 9 // 10
+                for at, end in itertools.pairwise(sorted({*range(0, len(ids), COPY), cut, len(ids)})):
+                    block = ids[at:end]
+                    if block.max() > 50256 or len(block) > 8 and not block[1::2].any():
+                        raise DataError(f"{file} does not hold uint16 GPT-2 ids (0 to 50256) near id number {at}: other ids, or 32 bits each")
+                    split = "val" if part == "val" or at >= cut else "train"
+                    (val if split == "val" else train).write(block.tobytes())
+                    sha.update(block.tobytes())
+                    counts[split] += len(block)
+                    bar.update(2 * len(block))
+    return {"documents": None, "bytes": None, "tokens": [counts["train"], counts["val"]], "sha256": sha.hexdigest()}
 
 
 # ---- next-token batches ------------------------------------------------------------------------------------
@@ -350,6 +239,11 @@ def lm_batch(tokens, number, batch_size, seq_len, seed):
         rows.append(tokens[start:start + seq_len + 1])
     batch = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T+1)
     return batch[:, :-1], batch[:, 1:]
+
+
+def to_device(tensor, device):
+    """The tensor on device; to a GPU from pinned memory, so that the host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def epoch_order(seed, epoch, windows, seq_len, memory={}):
@@ -432,7 +326,7 @@ class Episode:
     words: torch.Tensor
 
     def to(self, device):
-        return Episode(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+        return Episode(*(to_device(tensor, device) for tensor in vars(self).values()))
 
 
 class EpisodeSampler:
@@ -483,3 +377,72 @@ class EpisodeSampler:
             ids.append(torch.from_numpy(np.where(asked[rows], self.mask_id, rows)))
         return Episode(ids[0], labels.repeat_interleave(self.k_shot), ids[1], labels.repeat_interleave(self.n_query),
                        torch.from_numpy(classes))
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+def show(corpus):
+    """What a corpus holds, and one episode, in words."""
+    decode = lambda ids: corpus.encoding.decode([i for i in ids if i < corpus.encoding.n_vocab])
+    n_bytes = sum(int(corpus.token_bytes[part[at:at + COPY]].sum()) for part in (corpus.train, corpus.val) for at in range(0, len(part), COPY))
+    n_tokens = len(corpus.train) + len(corpus.val)
+    rows = [f"{corpus.info['source']}, in {corpus.folder}",
+            f"{corpus.info['documents'] or 'unknown':,} documents, {n_tokens:,} tokens ({len(corpus.val):,} of them for validation), "
+            f"{n_bytes / max(1, n_tokens):.2f} bytes per token, {corpus.encoding.n_vocab:,} kinds of tokens"]
+    if len(corpus.val) > 256:
+        baselines = ngram_baselines(corpus.train, validation_windows(corpus.val, 128, 128), corpus.vocab_size)
+        rows.append(f"validation text, nats per token: a unigram model {baselines['unigram']:.3f}, a smoothed bigram model {baselines['bigram']:.3f}")
+    at = len(corpus.train) // 2
+    rows += ["", "a sample of the text:", "  " + decode(corpus.train[at:at + 60].tolist()).replace("\n", "\n  ")]
+    try:
+        episode = EpisodeSampler(corpus, 4, 2, 1, 24).draw(0, 0)
+    except DataError as error:
+        return "\n".join(rows + ["", f"no episode: {error}"])
+    words = [decode([i]).strip() for i in corpus.index.words[episode.words].tolist()]
+    row = lambda ids: " ".join(decode(ids.tolist()).split()).replace(MASK, " <mask>")
+    rows += ["", f"an episode, 4-way 2-shot: which of {len(words)} words stood at the end of each row?", "", "support set (answers are shown):"]
+    rows += [f"  {row(ids)}   -> {label}: {words[label]}" for ids, label in zip(episode.support_ids, episode.support_labels.tolist())]
+    rows += ["", "queries (0, 1, 2 or 3?):"] + [f"  {row(ids)}" for ids in episode.query_ids]
+    rows += ["", "answers: " + ", ".join(f"{label}: {words[label]}" for label in episode.query_labels.tolist())]
+    return "\n".join(rows)
+
+
+def main():
+    from model import Parser
+    parser = Parser(description="Prepare a text once (--out), or show what a corpus holds (--show).")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="text: .txt, .jsonl and .jsonl.gz files (with a `text` field) or folders of them; "
+                        "or GPT-2 ids: .bin files of nanoGPT or llm.c (default: the documentation on this machine)")
+    parser.add_argument("--out", type=Path, help="new folder for the prepared text, for train.py --data")
+    parser.add_argument("--show", action="store_true", help="print size, baselines, a sample and an episode in words")
+    parser.add_argument("--tokenizer", choices=["bpe", "gpt2"], default="bpe", help="bpe is learnt from the text; gpt2 is fetched once")
+    parser.add_argument("--vocab-size", type=int, default=50304, help="tokens of the vocabulary, 260 to 65536")
+    parser.add_argument("--cache", help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args()
+    if not (args.show or args.out):
+        parser.error("nothing to do: add --show, or --out FOLDER")
+    if args.out and args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
+        parser.error(f"{args.out} is there already: choose another --out")
+    if len(args.paths) > 1 and not args.out:
+        parser.error("several paths need --out FOLDER")
+    try:
+        if args.out:
+            found = [token_files(path) for path in args.paths]
+            if any(found) and len(args.paths) > 1:
+                parser.error("token files are taken one path at a time")
+            if args.vocab_size < (50258 if any(found) or args.tokenizer == "gpt2" else 260) or args.vocab_size > 65536:
+                parser.error(f"--vocab-size {args.vocab_size} is too small or above 65536")
+            source = found[0] if any(found) else text_files(args.paths)
+            prepare(args.out, source, "gpt2" if any(found) else args.tokenizer, args.vocab_size, args.quiet, ", ".join(args.paths) or None)
+        corpus = open_corpus(args.out, args.vocab_size) if args.out else load(args.paths[0] if args.paths else None, args.tokenizer,
+                                                                              args.vocab_size, args.cache, args.quiet)
+        print(show(corpus) if args.show else f"{corpus.folder}: {len(corpus.train):,} tokens for training and {len(corpus.val):,} for validation\n"
+              f"next: python train.py --data {corpus.folder} --vocab-size {args.vocab_size}")
+    except DataError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
     python model.py                                      # the table of sizes
     python model.py runs/11m-meta --prompt "Returns the" # a sample from a trained run
+    python model.py runs/11m-meta --export FOLDER        # for Hugging Face's transformers
 
 Architecture after Touvron et al. 2023 (arXiv 2302.13971) as the paper configures it: 12 layers, 12 query heads
 that share 4 key/value heads (GQA, arXiv 2305.13245), rotary positions (arXiv 2104.09864), RMSNorm, SwiGLU, no
@@ -9,10 +10,10 @@ biases, untied embeddings. Parameter names and the rotary convention are those o
 """
 import argparse
 import codecs
-import hashlib
 import json
-import os
-import sys
+import math
+import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from checkpoint import load_checkpoint, replacing, write_atomically
 
 SIZES = {"11m": 96, "65m": 384, "181m": 768, "570m": 1536}  # name -> d_model
 
@@ -103,17 +105,22 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, causal):
-    """scaled_dot_product_attention by the fastest kernel. In bf16 on a CPU the fused one's backward pass is slow on
-    short rows: plain batched products took 18 ms instead of 29 at 8 x 256 tokens and 20 instead of 144 at 128 x 64
-    (forward and backward of one layer, 12 heads of width 8, two cores), and a third less in pieces that fit the cache.
-    They hold one layer's (B, heads, T, T) scores, so they serve only while these are few."""
-    score_bytes = 2 * q.shape[1] * q.shape[2] * k.shape[2]  # of one sequence
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or len(q) * score_bytes > CPU_BLOCK:
+    """Attention of queries (B, n_head, T, head_dim) over keys and values (B, n_kv_head, T, head_dim). In bf16 on a CPU it
+    pays to write it out, in pieces whose scores fit the cache: the backbone's forward and backward pass took 0.11 s for
+    8 x 128 tokens and 0.85 for 8 x 512, with scaled_dot_product_attention 0.27 and 1.32 (11m, two cores). The backward pass
+    needs each layer's (B, n_head, T, T) attention, so only while that is small."""
+    B, heads, T, head_dim = q.shape
+    score_bytes = 2 * heads * T * T  # of one sequence
+    if not causal or q.device.type != "cpu" or q.dtype != torch.bfloat16 or B * score_bytes > 2 * CPU_BLOCK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-    piece = max(1, CPU_BLOCK // 4 // score_bytes)
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.cat([F.scaled_dot_product_attention(*part, is_causal=causal, enable_gqa=True)
-                          for part in zip(q.split(piece), k.split(piece), v.split(piece))])
+    group = heads // k.shape[1]  # the queries that share a key stand under each other: one product for all
+    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).repeat(group, 1)
+    out = []
+    for qs, ks, vs in zip(*(t.split(max(1, CPU_BLOCK // 4 // score_bytes)) for t in (q, k, v))):
+        scores = (head_dim ** -0.5 * qs).reshape(-1, group * T, head_dim) @ ks.reshape(-1, T, head_dim).mT  # (.., group*T, T)
+        attention = (scores + future).softmax(dim=-1)
+        out.append((attention @ vs.reshape(-1, T, head_dim)).view(-1, heads, T, head_dim))
+    return torch.cat(out)
 
 
 CPU_BLOCK = 26_000_000  # bytes; glibc takes larger blocks fresh from the kernel each time, at 20 ms in page faults
@@ -240,85 +247,55 @@ def cross_entropy(hidden, weight, targets):
     return ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
-
-def fingerprint(state):
-    """SHA-256, in hex, of a nested dict or list of tensors and plain values."""
-    sha = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            value = value.detach().cpu().contiguous()
-            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            sha.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
-        elif isinstance(value, (dict, list, tuple)):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, item in items:
-                sha.update(repr(key).encode())
-                add(item)
-        else:
-            sha.update(repr(value).encode())
-
-    add(state)
-    return sha.hexdigest()
-
-
-def write_atomically(path, content):
-    """Write text or bytes to path so that it is at every instant the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    temporary.replace(path)
-
-
-def save_checkpoint(folder, state):
-    """Write state to folder/ckpt.pt so that a whole checkpoint exists at every instant: to a temporary file first,
-    flushed to the disk; the one before is kept as ckpt-previous.pt."""
-    folder = Path(folder)
-    new, temporary = folder / "ckpt.pt", folder / "ckpt.pt.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state | {"sha256": fingerprint(state)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if new.exists():
-            os.replace(new, folder / "ckpt-previous.pt")
-        os.replace(temporary, new)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(folder, device="cpu"):
-    """The newest whole checkpoint in a run's folder, checked against its SHA-256. Raises ValueError if there is none."""
-    problems = []
-    for name in ("ckpt.pt", "ckpt-previous.pt"):
-        try:
-            state = torch.load(Path(folder) / name, map_location=device, weights_only=True)
-            if state.pop("sha256") == fingerprint(state):
-                if problems:
-                    print(f"{folder}: {problems[0]}; using {name}, of step {state['step']}", file=sys.stderr)
-                return state
-            problems.append(f"{name} is damaged (its checksum is wrong)")
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except Exception as error:  # a truncated or altered archive fails in many ways
-            problems.append(f"{name} is damaged ({type(error).__name__})")
-    raise ValueError(f"no usable checkpoint in {folder}: " + ", ".join(problems))
-
+# ---- runs --------------------------------------------------------------------------------------------------
 
 def load_run(folder, device="cpu"):
     """(decoder, config.json as a dict) of a trained run. Raises ValueError if the folder holds none."""
     folder = Path(folder)
     try:
         settings = json.loads((folder / "config.json").read_text())
-        config = Config(SIZES[settings["size"]], settings["vocab_size"])
+        config = Config(SIZES[settings["size"]], min(int(settings["vocab_size"]), 65536))
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder} is not a run: it has no readable config.json (train.py makes runs)") from None
-    decoder = Decoder(config)
     try:
+        decoder = Decoder(config)
         decoder.load_state_dict(load_checkpoint(folder)["model"])
     except (KeyError, RuntimeError):
         raise ValueError(f"the checkpoint in {folder} does not fit its config.json") from None
     return decoder.to(device), settings
+
+
+def write_safetensors(path, state):
+    """A state dict in the safetensors format: a length, a JSON header, raw little-endian bytes."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in state.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at := at + 4 * tensor.numel()]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the bytes begin at a multiple of 8
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in state.values():
+            file.write(tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False))
+
+
+def export(decoder, encoding, folder):
+    """Write a folder that Hugging Face's transformers load: LlamaForCausalLM and PreTrainedTokenizerFast. Raises OSError."""
+    import text
+    config, end = decoder.config, encoding.encode_single_token(text.END)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", decoder.state_dict())
+    described = {
+        "config": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.d_model,
+                   "intermediate_size": config.d_ff, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+                   "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "max_position_embeddings": config.context,
+                   "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+                   "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "torch_dtype": "float32",
+                   "bos_token_id": end, "eos_token_id": end},
+        "tokenizer": text.hugging_face_tokenizer(encoding),
+        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context, "clean_up_tokenization_spaces": False,
+                             "bos_token": text.END, "eos_token": text.END, "mask_token": text.MASK}}
+    for name, content in described.items():
+        write_atomically(folder / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=1))
 
 
 # ---- cost --------------------------------------------------------------------------------------------------
@@ -334,6 +311,18 @@ def backbone_flops(config, rows, length):
 def lm_flops(config, rows, length):
     """Model FLOPs of a next-token training step: forward once, backward twice, the output layer included."""
     return 3 * (backbone_flops(config, rows, length) + 2 * rows * length * config.d_model * config.vocab_size)
+
+
+def matmul_peak(device):
+    """FLOP/s of a plain matrix product in the precision of training on this device, measured: the best of five."""
+    size, times = 8192 if device.type == "cuda" else 2048, []
+    with precision(device) as autocast:
+        a = torch.randn(size, size, device=device)
+        for _ in range(5):
+            started = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - started)
+    return 2 * size ** 3 / min(times)
 
 
 # ---- where it runs -----------------------------------------------------------------------------------------
@@ -357,7 +346,6 @@ def precision(device):
     else:
         features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # plain attention in bf16, not widened (CPU too)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
 
 
@@ -420,8 +408,9 @@ def table_of_sizes():
 
 
 def main():
-    parser = Parser(description="Print the table of model sizes, or a sample from a trained run.")
+    parser = Parser(description="Print the table of model sizes, or a sample from a trained run, or export it.")
     parser.add_argument("run", nargs="?", help="folder of a trained run, such as runs/11m-meta (default: print the sizes)")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the model for Hugging Face's transformers, to a new folder")
     parser.add_argument("--prompt", default="Returns the", help="text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to add at most; the end of a document ends the text")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
@@ -429,18 +418,25 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best that is here)")
     args = parser.parse_args()
-    if args.run is None:
-        print(table_of_sizes())
-        return
     import data
+    if args.run is None:
+        return print(table_of_sizes())
     if args.tokens < 0 or args.top_k < 0 or args.seed < 0 or not 0 <= args.temperature < float("inf"):
         parser.error("--tokens, --temperature, --top-k and --seed must not be negative")
+    if args.export and args.export.exists():
+        parser.error(f"{args.export} is there already: choose another folder")
     try:
         device = pick_device(args.device)
         decoder, _ = load_run(args.run, device)
         encoding = data.load_encoding(args.run)
+        if args.export:
+            export(decoder, encoding, args.export)
+            print(f'written: {args.export}; next: transformers.AutoModelForCausalLM.from_pretrained("{args.export}")')
+            return
     except (ValueError, data.DataError) as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"cannot write {error.filename} ({error.strerror})")
     ids = encoding.encode_ordinary(args.prompt) or [encoding.encode_single_token(data.END)]
     pieces = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span two tokens
     print(args.prompt, end="", flush=True)

@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from model import Decoder, Parser, fingerprint, load_run, pick_device, precision, write_atomically
+from checkpoint import fingerprint, write_atomically
+from model import Decoder, Parser, load_run, pick_device, precision
 from probe import new_figure, save_figure
 
 TYPES = ["PER", "ORG", "LOC"]

@@ -1,4 +1,4 @@
-"""Probes of the learning dynamics, the pictures made of them, and the comparison of runs.
+"""Probes of the learning dynamics, and the pictures made of them.
 
     python probe.py runs/11m-meta                    # pictures and a table of phases of one run
     python probe.py runs/11m-vanilla runs/11m-meta   # comparison at equal cost
@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import Parser, cross_entropy, write_atomically
+from checkpoint import write_atomically
+from model import Parser, cross_entropy
 
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 BATCH = 4          # validation windows in the probe batch
@@ -28,14 +29,27 @@ HEADS_AT_ONCE = 4  # heads whose attention probabilities are held at a time
 
 def effective_rank(matrix):
     """exp(-sum p ln p), p the singular values of matrix (m, n) divided by their sum: from 1 to min(m, n); 0 for a
-    matrix of zeros. The singular values are roots of the eigenvalues of the smaller Gram matrix, in float64."""
-    matrix = matrix.detach().to(torch.float64 if matrix.device.type != "mps" else torch.float32)
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    total = singular.sum()
-    if not total > 0:
-        return 0.0 if total == 0 else math.nan
-    return torch.special.entr(singular / total).sum().exp().item()
+    matrix of zeros."""
+    return effective_ranks([matrix])[0]
+
+
+def effective_ranks(matrices):
+    """effective_rank of each matrix, as a list. The singular values are roots of the eigenvalues of the smaller Gram
+    matrix, in float64; those of one size are found in one call, so that a GPU is not waited for a hundred times."""
+    grams, ranks = {}, [math.nan] * len(matrices)
+    for i, matrix in enumerate(matrices):
+        matrix = matrix.detach().to(torch.float64 if matrix.device.type != "mps" else torch.float32)
+        gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+        grams.setdefault(len(gram), []).append((i, gram))
+    for group in grams.values():
+        stack = torch.stack([gram for _, gram in group])  # (matrices, size, size)
+        finite = stack.isfinite().all(dim=2).all(dim=1)
+        singular = torch.linalg.eigvalsh(stack.nan_to_num(0, 0, 0)).clamp_min(0).sqrt()  # (matrices, size)
+        total = singular.sum(dim=1)
+        rank = torch.special.entr(singular / total[:, None]).sum(dim=1).exp().where(total > 0, 0.0).where(finite, math.nan)
+        for (i, _), value in zip(group, rank.tolist()):
+            ranks[i] = value
+    return ranks
 
 
 def head_entropy(q, k):
@@ -68,12 +82,16 @@ def measure(decoder, batch):
         for hook in hooks:
             hook.remove()
     centred = [h.flatten(0, 1) - h.flatten(0, 1).mean(dim=0) for h in hidden]  # the mean state would drown the rest
-    matrices = {"hidden": [[h] for h in centred]}
+    matrices = {"hidden": [[h] for h in centred]}  # name -> layers -> matrices
     for name, block, projections in (("attention", "self_attn", ATTENTION), ("mlp", "mlp", FEED_FORWARD)):
         weights = [[getattr(getattr(layer, block), p).weight for p in projections] for layer in layers]
         matrices[name] = weights
         matrices[f"{name}_grad"] = [[w.grad for w in row] for row in weights]
-    ranks = {name: [[effective_rank(m) for m in row] for row in rows] for name, rows in matrices.items()}
+    ranks = {name: [] for name in matrices}
+    for i in range(len(layers)):
+        found = iter(effective_ranks([m for rows in matrices.values() for m in rows[i]]))
+        for name, rows in matrices.items():
+            ranks[name].append([next(found) for _ in rows[i]])
     decoder.zero_grad()
     nats = torch.stack([head_entropy(q, k)[:, 1:] for q, k in queries_keys])       # (layers, heads, T-1)
     uniform = torch.arange(2, nats.shape[2] + 2, device=nats.device).float().log()
@@ -103,15 +121,20 @@ def read_metrics(path):
     return lines, [f"{path}: {bad} unreadable line{'s'[:bad != 1]} left out"] if bad else []
 
 
+def read_settings(folder):
+    """The config.json of a run. Raises ValueError if the folder holds none."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        return settings | {"name": str(settings["name"]), "steps": int(settings["steps"]), "size": str(settings["size"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is not a run: it has no readable config.json (train.py makes runs)") from None
+
+
 def read_run(folder):
     """(settings, lines, notes) of a run, finished or not. Raises ValueError if the folder holds none."""
     folder = Path(folder)
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        lines, notes = read_metrics(folder / "metrics.jsonl")
-        settings["name"], settings["steps"], settings["size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is not a run: it needs config.json and metrics.jsonl (train.py makes them)") from None
+    settings = read_settings(folder)
+    lines, notes = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else ([], [])
     if not any("val_loss" in line for line in lines):
         raise ValueError(f"{folder} has no evaluation in its log yet")
     if lines[-1]["step"] < settings["steps"]:
@@ -344,157 +367,6 @@ class Artist:
             self.cost = self.drawn - started
 
 
-# ---- comparison --------------------------------------------------------------------------------------------
-
-COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs", "seconds": "seconds of training"}
-FEWSHOT = {"fewshot_prototype": "prototype", "fewshot_before": "head before", "fewshot_after": "head after"}
-STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
-NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device", "device_name", "versions", "head_parameters"}
-
-
-def group_runs(runs):
-    """{label: [(settings, lines)]} of runs [(settings, lines)]: those that differ in their seed alone are one group,
-    sorted by seed and labelled by the name of its first run."""
-    groups = {}
-    for settings, lines in runs:
-        key = json.dumps({k: v for k, v in settings.items() if k not in NOT_A_CONFIGURATION}, sort_keys=True)
-        groups.setdefault(key, []).append((settings, lines))
-    labels = [members[0][0]["name"] for members in groups.values()]
-    labels = [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels, 1)]
-    return {label: sorted(members, key=lambda run: run[0]["seed"]) for label, members in zip(labels, groups.values())}
-
-
-def first_reach(costs, losses, level):
-    """The cost at which a curve first comes down to `level`, interpolated between its points; NaN if it never does."""
-    i = int((losses <= level).argmax())
-    if i == 0 or losses[i] > level:  # it began below (when it passed is not known), or it never got there
-        return float(costs[0]) if losses[0] == level else math.nan
-    return float(np.interp(level, losses[[i, i - 1]], costs[[i, i - 1]]))
-
-
-def sooner_by(first, second, levels):
-    """How many times less the curves `second` need than the curves `first` to reach each level.
-
-    Curves are lists of (costs (S,), losses (S,)). The i-th is set against the i-th where there are as many (the same
-    seeds), else each against each. Returns {mean, sd} by level over the pairs; a level that one curve never reached
-    is None, and so is the sd of a single pair."""
-    pairs = zip(first, second) if len(first) == len(second) else ((a, b) for a in first for b in second)
-    return mean_and_spread([[first_reach(*a, level) / first_reach(*b, level) for level in levels] for a, b in pairs])
-
-
-def mean_and_spread(values):
-    """{mean, sd} over the first dimension of values, numbers or lists; sd is the sample's, None for one value."""
-    values = np.array(values, dtype=float)
-    blank = lambda numbers: [None if math.isnan(n) else float(n) for n in numbers] if numbers.ndim else float(numbers)
-    return {"mean": blank(values.mean(axis=0)), "sd": blank(values.std(axis=0, ddof=1)) if len(values) > 1 else None}
-
-
-def mixed_loss(lines):
-    """(updates, loss): the paper's own reading, training loss of whatever kind of update, mean of the last 50."""
-    steps, loss = series(lines, "loss")
-    width = min(50, max(1, len(loss) // 4))
-    return steps[width - 1:], np.convolve(loss, np.ones(width) / width, mode="valid")
-
-
-def compare(groups):
-    """Compare the second and later groups with the first: a dict of the figures that the table and picture show.
-
-    Runs on different texts or tokenizers are compared in bits per byte, since their nats per token differ in kind."""
-    kinds = {(s["corpus_sha256"], s["vocab_size"], s["tokenizer"]) for runs in groups.values() for s, _ in runs}
-    loss, unit = ("val_loss", "nats per token") if len(kinds) == 1 else ("bits_per_byte", "bits per byte")
-    result = {"loss": loss, "unit": unit, "groups": {}, "sooner_by": {}}
-    for label, runs in groups.items():
-        entry = result["groups"][label] = {"runs": [s["name"] for s, _ in runs]}
-        curves = {key: [series(lines, key)[1] for _, lines in runs]
-                  for key in (loss, *FEWSHOT, *STANDARD_ERROR.values(), "fewshot_lookup", "fewshot_chance")}
-        curves |= {name: [series(lines, *path)[1] for _, lines in runs] for name, path in CURVES.items()}
-        for key, values in curves.items():
-            if all(map(len, values)):
-                ends = [v[-1].mean(axis=1) if v.ndim == 3 else v[-1] for v in values]  # entropy: the mean of a layer's heads
-                entry[key] = mean_and_spread(ends) | {"untrained": mean_and_spread([v[0] for v in values])["mean"]} \
-                    if key not in CURVES else mean_and_spread(ends)
-    first, *others = groups
-    for label in others:
-        sides = [[lines for _, lines in groups[g]] for g in (first, label)]
-        losses = [series(lines, loss)[1] for side in sides for lines in side]
-        levels = np.linspace(min(y[0] for y in losses), max(y.min() for y in losses), 7)[1:]  # down to the last common loss
-        entry = result["sooner_by"][label] = {"levels": levels.tolist()}
-        for cost in COSTS:
-            entry[cost] = sooner_by(*[[series(lines, loss, x=cost) for lines in side] for side in sides], levels)
-        mixed = [[mixed_loss(lines) for lines in side] for side in sides]
-        if all(len(y) for side in mixed for _, y in side):
-            level = max(y.min() for side in mixed for _, y in side)
-            entry["papers_reading"] = {"level": float(level)} | sooner_by(*mixed, [level])
-    return result
-
-
-def comparison_table(result):
-    """What `compare` found, in words."""
-    def figure(entry, key, form="{:.1%}"):
-        if key not in entry:
-            return "-"
-        mean, sd = entry[key]["mean"], entry[key]["sd"]
-        return form.format(mean) + (f" +- {form.format(sd)}" if sd is not None else "")
-
-    rows = [f"final figures; loss in {result['unit']} on validation text; +- is the standard deviation over seeds",
-            f"{'':<20} {'loss':>16} " + "".join(f"{name:>18}" for name in FEWSHOT.values()) + f"{'untrained prototype':>21} {'chance':>8}"]
-    for label, entry in result["groups"].items():
-        untrained = f"{entry['fewshot_prototype']['untrained']:.1%}" if "fewshot_prototype" in entry else "-"
-        rows.append(f"{label:<20} {figure(entry, result['loss'], '{:.3f}'):>16} " + "".join(f"{figure(entry, key):>18}" for key in FEWSHOT)
-                    + f"{untrained:>21} {figure(entry, 'fewshot_chance'):>8}")
-        errors = [f"{FEWSHOT[key]} {entry[error]['mean']:.1%}" for key, error in STANDARD_ERROR.items() if error in entry]
-        rows.append(f"{'':<20} standard error over episodes: {', '.join(errors)}" if errors else "")
-    first = next(iter(result["groups"]))
-    ratio = lambda entry, i: "never reached" if entry["mean"][i] is None else f"{entry['mean'][i]:.2f}x" + (f" +- {entry['sd'][i]:.2f}" if entry["sd"] else "")
-    for label, entry in result["sooner_by"].items():
-        rows += [f"\n{label} reaches the same held-out loss sooner than {first} by a factor of (below 1: later)",
-                 f"{'loss':>8} " + "".join(f"{name:>22}" for name in COSTS.values())]
-        rows += [f"{level:8.3f} " + "".join(f"{ratio(entry[cost], i):>22}" for cost in COSTS) for i, level in enumerate(entry["levels"])]
-        rows[-1] += "   the last common loss"
-        if "papers_reading" in entry:
-            rows.append(f"the paper's reading, mixed training loss {entry['papers_reading']['level']:.3f} against updates: "
-                        f"{ratio(entry['papers_reading'], 0)} (it mixes an easier question in: not a fair measure)")
-    return "\n".join(rows)
-
-
-def draw_comparison(figure, groups, result):
-    """Draw the comparison on an empty figure: the same held-out loss against four costs, accuracy, rank, entropy."""
-    from matplotlib.ticker import EngFormatter, LogLocator
-    axes = figure.subplots(2, 4).ravel()
-    colours = dict(zip(groups, COLOURS * len(groups)))
-    for ax, (cost, name) in zip(axes, COSTS.items()):
-        for label, runs in groups.items():
-            for i, (_, lines) in enumerate(runs):
-                x, y = series(lines, result["loss"], x=cost)
-                ax.plot(x[1:], y[1:], "o-", markersize=2.5, linewidth=1.2, color=colours[label], label=None if i else label)
-        ends = [entry[cost]["mean"][-1] for entry in result["sooner_by"].values()]
-        panel(ax, "sooner by " + "; ".join("- (never reached)" if end is None else f"{end:.2f}x" for end in ends), result["unit"], name)
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.xaxis.set_minor_formatter("")
-    axes[0].legend(fontsize=8, frameon=False)
-    width = 0.8 / len(groups)
-    for g, (label, entry) in enumerate(result["groups"].items()):
-        for b, key in enumerate(FEWSHOT):
-            if key in entry:
-                at = b + (g - (len(groups) - 1) / 2) * width
-                error = entry[key]["sd"] or entry.get(STANDARD_ERROR.get(key), {"mean": 0})["mean"]  # over seeds, else episodes
-                axes[4].bar(at, 100 * entry[key]["mean"], width, yerr=100 * error, color=colours[label], capsize=2)
-                axes[4].hlines(100 * entry[key]["untrained"], at - width / 2, at + width / 2, color="black", linewidth=1)
-        if "fewshot_chance" in entry:
-            axes[4].axhline(100 * entry["fewshot_chance"]["mean"], color="grey", linestyle="--", linewidth=1)
-    axes[4].set_xticks(range(len(FEWSHOT)), FEWSHOT.values(), fontsize=8)
-    panel(axes[4], "few-shot accuracy (dashed chance, black untrained)", "% right", "")
-    for ax, name in zip(axes[5:], ("rank of hidden states", "rank of attention weights", "head entropy")):
-        entries = {label: entry[name]["mean"] for label, entry in result["groups"].items() if name in entry}
-        for label, layers in entries.items():
-            ax.plot(range(len(layers)), layers, "o-", markersize=3, color=colours[label])
-        panel(ax, f"{name}: mean " + " / ".join(f"{np.mean(layers):.2f}" for layers in entries.values()),
-              "share of uniform attention" if "entropy" in name else "effective rank", "layer (0 reads the text)")
-    figure.suptitle("held-out loss at equal cost: " + " against ".join(f"{label} ({len(runs)} seed{'s'[:len(runs) != 1]})" for label, runs in groups.items()))
-
-
 # ---- the command -------------------------------------------------------------------------------------------
 
 def follow(folder, every=2.0):
@@ -502,25 +374,25 @@ def follow(folder, every=2.0):
     dynamics.png until the run is over."""
     import matplotlib.pyplot as plt
     windowed = plt.get_backend().lower() not in ("agg", "pdf", "svg", "ps", "template", "cairo")
+    settings = read_settings(folder)
     if not windowed:
         print(f"no display here: rewriting {folder / 'dynamics.png'} until the run is over (Ctrl-C ends it)")
     figure = plt.figure(figsize=(15, 8), layout="constrained") if windowed else None
-    seen = -1
-    while not windowed or plt.fignum_exists(figure.number):
-        size = (folder / "metrics.jsonl").stat().st_size
-        settings, lines, _ = read_run(folder)
-        if size != seen:
+    seen, over = -1, False
+    while plt.fignum_exists(figure.number) if windowed else not over:
+        log = folder / "metrics.jsonl"
+        if log.exists() and log.stat().st_size != seen:
+            seen = log.stat().st_size
+            lines, _ = read_metrics(log)
+            over = bool(lines) and lines[-1]["step"] >= settings["steps"]
             if windowed:
                 figure.clear()
                 draw_dynamics(figure, lines, settings)
-            else:
+            elif lines:
                 Artist(folder).draw(lines, settings, last=True)
-            seen = size
         if windowed:
             plt.pause(every)
-        elif lines[-1]["step"] >= settings["steps"]:
-            return
-        else:
+        elif not over:
             time.sleep(every)
 
 
@@ -531,6 +403,7 @@ def main():
     parser.add_argument("--live", action="store_true", help="a window that follows one running job")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for compare.png and compare.json (default: compare)")
     args = parser.parse_args()
+    from compare import compare, comparison_table, draw_comparison, group_runs  # which is made of this file's parts
     try:
         if args.live:
             if len(args.runs) > 1:

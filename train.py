@@ -2,6 +2,7 @@
 
     python train.py --size 11m --meta          # hybrid: next-token steps and first-order MAML steps, by a coin
     python train.py --size 11m                 # vanilla: next-token steps only
+    torchrun --standalone --nproc_per_node=2 train.py --size 65m --meta    # on two GPUs, or two processes of a CPU
 
 Writes runs/<name>/: config.json, metrics.jsonl (a JSON object a line), ckpt.pt, dynamics.png. Every random choice
 is a function of --seed and a step number, so a vanilla and a hybrid run see the same text in the same order.
@@ -9,25 +10,35 @@ is a function of --seed and a step number, so a vanilla and a hybrid run see the
 import argparse
 import json
 import math
+import os
 import platform
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import probe
+from checkpoint import load_checkpoint, lock_run, save_checkpoint, write_atomically
 from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
-from model import SIZES, Config, Decoder, Parser, generate, lm_flops, load_checkpoint, pick_device, precision, save_checkpoint, write_atomically
+from model import SIZES, Config, Decoder, Parser, generate, lm_flops, matmul_peak, pick_device, precision
 
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
 FLUSH_EVERY = 10  # updates between looks at the losses: on a GPU a look waits for the device
 HEAD_SHARE = 0.1  # the meta head's part of the learning rate: at all of it the inner loop lost its grip on the head
-EVAL_TOKENS, EVAL_BATCH = 16_384, 8  # validation tokens, and windows at a time
+EVAL_TOKENS, EVAL_BATCH = 16_384, 2048  # validation tokens, and of these at a time
+PATIENCE = 10  # updates in a row whose loss or gradient is not finite, after which a run is given up
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+
+
+class Diverged(Exception):
+    """Training cannot go on; the message says what to try."""
 
 
 def parse(argv=None):
@@ -54,16 +65,18 @@ def parse(argv=None):
 
     model = parser.add_argument_group("model and text")
     model.add_argument("--size", choices=SIZES, default="11m", help="parameters of the decoder with 50304 words")
-    model.add_argument("--data", help="UTF-8 text file or folder of .txt (default: the documentation on this machine)")
+    model.add_argument("--data", help="text: a .txt, .jsonl or .jsonl.gz file or a folder of them; GPT-2 ids: .bin files of nanoGPT or llm.c; "
+                       "or a folder that data.py --out made (default: the documentation on this machine)")
     model.add_argument("--tokenizer", choices=["bpe", "gpt2"], default="bpe", help="bpe is learnt from the text; gpt2 is fetched once")
     model.add_argument("--vocab-size", type=number(int, 260, 65536), default=50304, help="4096 makes a laptop several times faster")
     model.add_argument("--cache", help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
 
     fit = parser.add_argument_group("training")
     fit.add_argument("--steps", type=number(int, 1), default=2000, help="updates")
-    fit.add_argument("--batch-size", type=number(int, 1), default=8, help="sequences per next-token update")
+    fit.add_argument("--batch-size", type=number(int, 1), default=8, help="sequences per next-token update, over all processes and micro-batches")
     fit.add_argument("--seq-len", type=number(int, 2, 2048), default=128, help="tokens per sequence")
-    fit.add_argument("--grad-accum", type=number(int, 1), default=1, help="micro-batches per update")
+    fit.add_argument("--grad-accum", type=number(int, 1), default=WORLD, help="micro-batches per update (an episode each in a meta step), "
+                     "over all processes: a multiple of their number")
     fit.add_argument("--lr", type=number(float, 0), help="peak learning rate of AdamW (default: 0.75 / d_model)")
     fit.add_argument("--warmup", type=number(float, 0, 1), default=0.05, help="share of the updates in which lr rises; then it falls to 0")
 
@@ -85,6 +98,8 @@ def parse(argv=None):
 
     if args.batch_size % args.grad_accum:
         parser.error(f"--batch-size {args.batch_size} must be a multiple of --grad-accum {args.grad_accum}")
+    if args.grad_accum % WORLD:
+        parser.error(f"--grad-accum {args.grad_accum} must be a multiple of the {WORLD} processes")
     if args.lr is None:
         args.lr = 0.75 / SIZES[args.size]
     if args.name is None:
@@ -108,7 +123,7 @@ def is_meta_step(step, args):
 @torch.no_grad()
 def evaluate(decoder, head, corpus, windows, fewshot, args, device):
     """The figures of an evaluation line: next-token loss on validation windows (W, T+1), few-shot accuracy."""
-    losses = [decoder.loss(w[:, :-1], w[:, 1:]).item() * len(w) for w in windows.to(device).split(EVAL_BATCH)]
+    losses = [decoder.loss(w[:, :-1], w[:, 1:]).item() * len(w) for w in windows.to(device).split(max(1, EVAL_BATCH // windows.shape[1]))]
     nats = sum(losses) / len(windows)
     n_bytes = corpus.token_bytes[windows[:, 1:].numpy()].sum()
     report = {"val_loss": nats, "bits_per_byte": nats * windows[:, 1:].numel() / math.log(2) / max(1, n_bytes)}
@@ -116,17 +131,34 @@ def evaluate(decoder, head, corpus, windows, fewshot, args, device):
                                      args.inner, args.inner_steps, args.inner_lr)
 
 
+def sum_over_processes(gradients, figures):
+    """Replace gradients (a list of tensors) and figures (a dict of 0-d tensors) by their sums over all processes: one
+    all-reduce of one flat tensor. (DistributedDataParallel's hooks would not see what functional_call computes.)"""
+    if WORLD == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in gradients] + [torch.stack(list(figures.values())).to(gradients[0].device)])
+    dist.all_reduce(flat)
+    *parts, last = flat.split([tensor.numel() for tensor in gradients] + [len(figures)])
+    torch._foreach_copy_(gradients, [part.view_as(tensor) for part, tensor in zip(parts, gradients)])
+    figures.update(zip(figures, last))
+
+
 def open_run(args, settings):
     """Make the run's folder, or check that the one that is there may be continued. Raises ValueError.
 
-    Returns the checkpoint to continue from, or None."""
+    Returns (checkpoint to continue from or None, the lock that keeps other processes out)."""
     folder = Path(args.runs) / args.name
     config = folder / "config.json"
     if not config.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"}:
             raise ValueError(f"{folder} holds files but no run: choose another --name")
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        return None
+        lock = lock_run(folder) if RANK == 0 else None
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another --runs") from None
+    if not config.exists():
+        return None, lock
     try:
         old = json.loads(config.read_text())
     except (OSError, ValueError):
@@ -138,7 +170,7 @@ def open_run(args, settings):
     if old.get("corpus_sha256") != settings["corpus_sha256"]:
         raise ValueError(f"{folder} was trained on another text (its SHA-256 differs): choose another --name")
     if not any(folder.glob("ckpt*.pt")):
-        return None  # it was stopped before its first update
+        return None, lock  # it was stopped before its first update
     checkpoint = load_checkpoint(folder)
     if checkpoint["step"] >= args.steps:
         print(f"{folder} is finished ({checkpoint['step']} updates). Look: python probe.py {folder}; "
@@ -146,7 +178,7 @@ def open_run(args, settings):
         sys.exit(0)
     if not args.resume:
         raise ValueError(f"{folder} has stopped at update {checkpoint['step']} of {args.steps}: add --resume to continue, or choose another --name")
-    return checkpoint
+    return checkpoint, lock
 
 
 def in_words(device):
@@ -161,13 +193,20 @@ def open_log(path, last_step):
     the lines that stay."""
     kept = [line for line in probe.read_metrics(path)[0] if line["step"] <= last_step] if path.exists() else []
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return open(path, "a"), kept
+    return open(path, "ab", buffering=0), kept
 
 
 def train(args):
     """Run the job that args describes and return its exit code. Raises ValueError and DataError for what a user can mend."""
-    device = pick_device(args.device)
+    device = pick_device(args.device or (f"cuda:{LOCAL_RANK}" if WORLD > 1 and torch.cuda.is_available() else None))
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        if LOCAL_RANK > 0:
+            dist.barrier()  # the first process of each machine prepares the text, the others find it in the cache
     corpus = data.load(args.data, args.tokenizer, args.vocab_size, args.cache, args.quiet)
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+    args.tokenizer = "gpt2" if corpus.encoding.name == "gpt2" else "bpe"  # files of ids bring their own
     for part, tokens, rows in (("training", corpus.train, args.batch_size), ("validation", corpus.val, 1)):
         if len(tokens) <= (rows + 1) * args.seq_len:
             raise data.DataError(f"the text is too short: its {part} part has {len(tokens)} tokens, one batch needs "
@@ -193,18 +232,22 @@ def train(args):
         "head_parameters": sum(p.numel() for p in head.parameters()) if head else 0,
         "corpus": corpus.info["source"], "corpus_sha256": corpus.info["sha256"], "device_name": in_words(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-    checkpoint = open_run(args, settings)
+    checkpoint, lock = open_run(args, settings)
+    if WORLD > 1:
+        dist.barrier()  # all have looked: from here the first process writes
     folder = Path(args.runs) / args.name
-    spent = {"step": 0, "lm_steps": 0, "tokens": 0, "flops": 0, "seconds": 0.0}
+    spent = {"step": 0, "lm_steps": 0, "tokens": 0, "flops": 0, "seconds": 0.0, "skipped": 0}
     if checkpoint:
         decoder.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if head:
             head.load_state_dict(checkpoint["head"])
-        spent = checkpoint["spent"]
-    write_atomically(folder / "config.json", json.dumps(settings, indent=1))
-    write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
-    log, lines = open_log(folder / "metrics.jsonl", spent["step"] if checkpoint else -1)
+        spent |= checkpoint["spent"]
+    lines = []
+    if RANK == 0:
+        write_atomically(folder / "config.json", json.dumps(settings, indent=1))
+        write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
+        log, lines = open_log(folder / "metrics.jsonl", spent["step"] if checkpoint else -1)
     if device.type == "cuda":
         decoder.model.compile()
     autocast = precision(device)
@@ -212,7 +255,7 @@ def train(args):
     def lm_micro_batch(i):
         rows = args.batch_size // args.grad_accum
         ids, targets = data.lm_batch(corpus.train, spent["lm_steps"] * args.grad_accum + i, rows, args.seq_len, args.seed)
-        loss = decoder.loss(ids.to(device), targets.to(device))
+        loss = decoder.loss(data.to_device(ids, device), data.to_device(targets, device))
         return {"loss": loss}, ids.numel(), lm_flops(config, rows, args.seq_len)
 
     def meta_micro_batch(i):
@@ -226,24 +269,26 @@ def train(args):
     def update():
         """One optimizer step on `grad_accum` micro-batches of one kind. Returns its log line, still holding tensors."""
         meta_step = is_meta_step(spent["step"], args)
-        lr = learning_rate(spent["step"], args)
-        line = {"kind": "meta", "n_way": args.n_way, "chance": 1 / args.n_way} if meta_step else {"kind": "lm"}
-        for i in range(args.grad_accum):
+        figures, share = {}, args.grad_accum // WORLD
+        for i in range(RANK * share, (RANK + 1) * share):  # numbered over all processes
             with autocast:
-                figures, tokens, flops = meta_micro_batch(i) if meta_step else lm_micro_batch(i)
-            (figures["loss"] / args.grad_accum).backward()
-            for key, value in figures.items():
-                line[key] = line.get(key, 0.0) + value.detach() / args.grad_accum
-            spent["tokens"] += tokens
-            spent["flops"] += flops
+                new, tokens, flops = meta_micro_batch(i) if meta_step else lm_micro_batch(i)
+            (new["loss"] / args.grad_accum).backward()
+            figures = {key: figures.get(key, 0.0) + value.detach() / args.grad_accum for key, value in new.items()}
+            spent["tokens"] += tokens * WORLD
+            spent["flops"] += flops * WORLD
+        sum_over_processes([p.grad for p in parameters if p.grad is not None], figures)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.found_inf = 1.0 - (figures["loss"] + grad_norm).isfinite().float()  # 1: the fused AdamW changes nothing
+        lr = learning_rate(spent["step"], args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
-        line |= {"lr": lr, "grad_norm": torch.nn.utils.clip_grad_norm_(parameters, 1.0)}
         optimizer.step()
         optimizer.zero_grad()
         spent["step"] += 1
         spent["lm_steps"] += not meta_step
-        return costs() | line
+        kind = {"kind": "meta", "n_way": args.n_way, "chance": 1 / args.n_way} if meta_step else {"kind": "lm"}
+        return costs() | kind | figures | {"lr": lr, "grad_norm": grad_norm}
 
     def is_evaluation(step):
         return step % args.eval_every == 0 or step == args.steps
@@ -255,19 +300,24 @@ def train(args):
         return {key: spent[key] for key in ("step", "tokens", "flops", "seconds")}
 
     def write(records):
-        log.writelines(json.dumps(record) + "\n" for record in records)
-        log.flush()
         lines.extend(records)
+        text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        while RANK == 0 and text:
+            text = text[log.write(text):]
 
     def write_updates():
         """Log the updates since the last call: here, and only here, the host waits for the device."""
-        nonlocal pending, mark
+        nonlocal pending, skipped_in_a_row
         for line in pending:
             line.update((key, value.item()) for key, value in line.items() if isinstance(value, torch.Tensor))
+            not_finite = {key: None for key in ("loss", "grad_norm") if not math.isfinite(line[key])}  # null: JSON knows no NaN
+            skipped_in_a_row = skipped_in_a_row + 1 if not_finite else 0
+            if not_finite:
+                spent["skipped"] += 1
+                line |= not_finite | {"skipped": spent["skipped"]}
         elapsed = time.perf_counter() - mark[0]
         for i, line in enumerate(pending, 1):
-            line |= {"seconds": spent["seconds"] + elapsed * i / len(pending),
-                     "tokens_per_second": (spent["tokens"] - mark[1]) / elapsed}
+            line |= {"seconds": spent["seconds"] + elapsed * i / len(pending), "tokens_per_second": (spent["tokens"] - mark[1]) / elapsed}
         spent["seconds"] += elapsed
         write(pending)
         bar.update(len(pending))
@@ -275,50 +325,66 @@ def train(args):
         pending = []
 
     def save():
-        save_checkpoint(folder, {"step": spent["step"], "spent": dict(spent), "model": decoder.state_dict(),
-                                 "head": head.state_dict() if head else {}, "optimizer": optimizer.state_dict()})
+        if RANK == 0:
+            save_checkpoint(folder, {"step": spent["step"], "spent": dict(spent), "model": decoder.state_dict(),
+                                     "head": head.state_dict() if head else {}, "optimizer": optimizer.state_dict()})
+
+    def asked_to_stop():
+        """Whether a signal reached any of the processes; each must call this at the same update."""
+        if WORLD == 1:
+            return bool(stop)
+        asked = torch.tensor(float(bool(stop)), device=device)
+        dist.all_reduce(asked)
+        return asked.item() > 0
 
     stop = []  # the number of the signal that asked to stop, if one did
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
     looked = {kind: {line["step"] for line in lines if kind in line} for kind in ("val_loss", "head_entropy")}
     artist = probe.Artist(folder)
-    bar = tqdm(total=args.steps, initial=spent["step"], desc=args.name, unit="step", disable=True if args.quiet else None)
+    bar = tqdm(total=args.steps, initial=spent["step"], desc=args.name, unit="step", disable=True if args.quiet or RANK else None)
+    skipped_in_a_row = 0
     while True:
         step = spent["step"]
-        if is_probe(step) and step not in looked["head_entropy"]:
+        if RANK == 0 and is_probe(step) and step not in looked["head_entropy"]:
             with autocast:
                 write([costs() | probe.measure(decoder, windows[:probe.BATCH].to(device))])
-        if is_evaluation(step) and step not in looked["val_loss"]:
+        if RANK == 0 and is_evaluation(step) and step not in looked["val_loss"]:
             with autocast:
                 write([costs() | evaluate(decoder, head, corpus, windows, fewshot, args, device)])
             save()
             if step:
                 artist.draw(lines, settings, last=step == args.steps)
-        if step == args.steps or stop:
+        if step == args.steps or skipped_in_a_row >= PATIENCE or asked_to_stop():
             break
         pending, mark = [], (time.perf_counter(), spent["tokens"])  # the clock runs in updates alone
-        while not pending or not (stop or spent["step"] % FLUSH_EVERY == 0 or is_evaluation(spent["step"]) or is_probe(spent["step"])):
+        while not (pending and (spent["step"] % FLUSH_EVERY == 0 or is_evaluation(spent["step"]) or is_probe(spent["step"])
+                                or stop and WORLD == 1)):
             pending.append(update())
         write_updates()
     bar.close()
-    log.close()
-    if stop:
-        save()
-        print(f"stopped after {spent['step']} of {args.steps} updates, saved; to continue: the same command with --resume", file=sys.stderr)
-        return 128 + stop[0]
-    print(summary(folder, lines, settings, corpus, windows, decoder, device))
-    return 0
+    if step == args.steps:
+        if RANK == 0:
+            print(summary(folder, lines, settings, corpus, windows, decoder, device))
+        return 0
+    if skipped_in_a_row >= PATIENCE:
+        raise Diverged(f"the loss or its gradient was not finite in {PATIENCE} updates in a row, up to update {step}: stopped; {folder / 'ckpt.pt'} "
+                       f"is from before. Try a lower --lr (it is {args.lr:g}), a lower --inner-lr, or a longer --warmup, with another --name")
+    save()
+    if RANK == 0:
+        print(f"stopped after {step} of {args.steps} updates, saved; to continue: the same command with --resume", file=sys.stderr)
+    return 128 + (stop or [signal.SIGTERM])[0]
 
 
 def status(lines):
     """The bar's figures: the newest loss of each kind."""
     newest = {}
     for line in lines:
-        newest |= {f"{line.get('kind')} {key}": value for key, value in line.items()}
+        newest |= {f"{line.get('kind')} {key}": value for key, value in line.items() if value is not None}
     parts = [f"loss {newest['lm loss']:.2f}" if "lm loss" in newest else "", f"val {newest['None val_loss']:.2f}" if "None val_loss" in newest else ""]
     if "meta query_accuracy" in newest:
         parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
+    parts += [f"{value} skipped" for key, value in newest.items() if key.endswith(" skipped")][-1:]
     return ", ".join(filter(None, parts)) + f", {lines[-1].get('tokens_per_second', 0):,.0f} tok/s"
 
 
@@ -341,8 +407,13 @@ def summary(folder, lines, settings, corpus, windows, decoder, device):
                     + (f"; there the head has {final['fewshot_after_new']:.1%})" if head else ")"))
     else:
         rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {settings['n_way']}-way episodes")
+    skipped = max((line.get("skipped", 0) for line in lines), default=0)
+    if skipped:
+        rows.append(f"{skipped} updates were skipped: their loss or gradient was not finite")
+    achieved, peak = final["flops"] / max(final["seconds"], 1e-9), matmul_peak(device) * (WORLD if device.type == "cuda" else 1)
     rows += [f"cost: {final['tokens']:,} tokens, {final['flops']:.3g} model FLOPs, {final['seconds'] / 60:.1f} minutes of training"
              f" on {settings['device_name']}" + peak_memory(device),
+             f"model FLOPs utilisation {achieved / peak:.0%}: {achieved / 1e9:,.0f} of the {peak / 1e9:,.0f} GFLOP/s of a plain matrix product here",
              f"sample: {sample(decoder, corpus, device)}",
              f"files in {folder}: config.json, metrics.jsonl, ckpt.pt, dynamics.png",
              f'next: python model.py {folder} --prompt "Returns the"   or   python probe.py {folder}']
@@ -373,9 +444,16 @@ def main():
         sys.exit(train(args))
     except (ValueError, data.DataError) as error:
         parser.error(str(error))
+    except Diverged as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: {error.filename or Path(args.runs) / args.name} could not be written ({error.strerror}): what was "
+                       "saved before is whole; make room, then the same command with --resume\n")
     except KeyboardInterrupt:
-        print("stopped before the first update", file=sys.stderr)
-        sys.exit(130)
+        parser.exit(130, "stopped before the first update\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """How fast is a step? Prints ratios measured side by side, in one run, on this machine.
 
-    python tests/bench.py [--size 11m]
+    python tests/bench.py [--size 11m]     # steps: under two minutes
+    python tests/bench.py --grow           # how speed and memory grow with size, context and text: some ten minutes
 
 The plain twin is the same decoder in float32 with all logits at once. The paper's way is a meta step as its own code
 performs it: the backbone runs again in every inner step, and a head scores the whole vocabulary at every position.
 """
 import argparse
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import probe  # noqa: E402
+import train  # noqa: E402
 from meta import HIDDEN, MetaHead, meta_flops, meta_loss  # noqa: E402
 from model import SIZES, Config, Decoder, backbone_flops, lm_flops, pick_device, precision  # noqa: E402
 
@@ -25,13 +30,76 @@ WAY, SHOT, QUERY, ROW, INNER_STEPS = 32, 4, 2, 32, 10     # a meta step
 PAPER_ROWS, PAPER_LENGTH = 4, 256                         # the meta step performed the paper's way
 
 
+def made_up_text(path, megabytes):
+    """Write text in which 50,000 words stand as often as in a language (Zipf), with sentences and numbers."""
+    rng = np.random.default_rng(0)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    words = np.array([" " + "".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(50_000)])
+    words[::50] = [f" {i}" for i in range(1000)]
+    words[7::300] = ".\n"
+    size = 0
+    with open(path, "w") as file:
+        while size < megabytes * 1e6:
+            size += file.write("".join(words[(rng.zipf(1.2, 100_000) - 1) % len(words)]))
+
+
+def one_step(size, length):
+    """In a process of its own: tokens per second of next-token steps of 2048 tokens, and peak memory."""
+    device = pick_device()
+    decoder = Decoder(Config(SIZES[size]), torch.Generator().manual_seed(0)).to(device)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
+    batch = torch.randint(50304, (2048 // length, length + 1), device=device)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with precision(device):
+            decoder.loss(batch[:, :-1], batch[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    print(f"{size:>6} {length:>8} {2048 / min(times[1:]):>10,.0f}{train.peak_memory(device).removeprefix(', peak'):>24}", flush=True)
+
+
+def one_text(megabytes):
+    """In a process of its own: megabytes of text prepared per second, and peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        made_up_text(path, megabytes)
+        started = time.perf_counter()
+        corpus = data.load(path, cache=Path(folder) / "cache", quiet=True)
+        took = time.perf_counter() - started
+    print(f"{megabytes:>6,} {took:>8.1f} {megabytes / took:>10.2f} {(len(corpus.train) + len(corpus.val)) / took:>12,.0f}"
+          f"{train.peak_memory(torch.device('cpu')).removeprefix(', peak'):>24}", flush=True)
+
+
+def grow(script):
+    print(f"  size  context   tokens/s{'':>24}   next-token steps of 2048 tokens, {pick_device().type}, {torch.get_num_threads()} threads", flush=True)
+    for size in ("11m", "65m", "181m"):
+        for length in (256, 512, 1024, 2048):
+            subprocess.run([*script, "--one-step", size, str(length)], check=True)
+    print("    MB  seconds       MB/s     tokens/s   preparation of text: tokenizer, tokens", flush=True)
+    for megabytes in (1, 10, 100, 1000):
+        subprocess.run([*script, "--one-text", str(megabytes)], check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--grow", action="store_true", help="tokens/s and memory over sizes, contexts, and megabytes of text")
+    parser.add_argument("--one-step", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one-text", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=SIZES, default="11m")
     parser.add_argument("--device")
     parser.add_argument("--vocab-size", type=int, default=50304)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    if args.grow:
+        return grow([sys.executable, __file__])
+    if args.one_step:
+        return one_step(args.one_step[0], int(args.one_step[1]))
+    if args.one_text:
+        return one_text(args.one_text)
     device = pick_device(args.device)
     autocast = precision(device)
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +197,15 @@ def main():
     def one_probe():
         with autocast:
             probe.measure(decoder, batch[:4, :129])
-    print(f"a probe: {seconds(one_probe, 3) / took['next-token step']:.1f} next-token steps' time")
+    print(f"a probe: {seconds(one_probe, 3) / took['next-token step']:.1f} next-token steps' time; every 100 updates, "
+          f"{seconds(one_probe, 3) / took['next-token step'] / 100:.1%} of them")
+    with tempfile.TemporaryDirectory() as folder:
+        made_up_text(Path(folder) / "text.txt", 2)
+        corpus = data.load(Path(folder) / "text.txt", vocab_size=8192, cache=Path(folder) / "cache", quiet=True)
+        sampler = data.EpisodeSampler(corpus, WAY, SHOT, QUERY, ROW)
+        print(f"drawing an episode: {seconds(lambda: sampler.draw(0, 0), 20) / took['meta step, inner head']:.1%} of a meta step; "
+              f"drawing a batch: {seconds(lambda: data.lm_batch(corpus.train, 0, BATCH, LENGTH, 0), 20) / took['next-token step']:.1%} of a next-token step")
+    print(train.peak_memory(device).removeprefix(", "))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import ast
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tiktoken
 
 import data
 import meta
+import text
 
 
 def naive_bpe(counts, n_merges):
@@ -23,7 +25,7 @@ def naive_bpe(counts, n_merges):
         if best is None or pairs[best] < 2:
             break
         tokens.append(tokens[best[0]] + tokens[best[1]])
-        words = {tuple(data.merge(list(word), best, len(tokens) - 1)): n for word, n in words.items()}
+        words = {tuple(text.merge(list(word), best, len(tokens) - 1)): n for word, n in words.items()}
     return tokens
 
 
@@ -31,11 +33,11 @@ def test_bpe_equals_naive_twin():
     rng = random.Random(0)
     counts = {"".join(rng.choice("abcé ") for _ in range(rng.randint(1, 9))): rng.randint(1, 30) for _ in range(200)}
     counts |= {"aaaa": 7, "aaaaaaa": 3}  # overlapping pairs
-    assert data.train_bpe(counts, 80, quiet=True) == naive_bpe(counts, 80)
+    assert text.train_bpe(counts, 80, quiet=True) == naive_bpe(counts, 80)
 
 
 def test_bpe_stops_when_no_pair_stands_twice():
-    assert data.train_bpe({"ab": 1, "cd": 1}, 10, quiet=True) == [bytes([i]) for i in range(256)]
+    assert text.train_bpe({"ab": 1, "cd": 1}, 10, quiet=True) == [bytes([i]) for i in range(256)]
 
 
 def test_encoding_round_trip(corpus):
@@ -46,8 +48,8 @@ def test_encoding_round_trip(corpus):
 
 
 def test_installed_docs_are_docstrings_of_this_machine():
-    path = next(p for p in data.Path(ast.__file__).parent.glob("textwrap.py"))
-    texts = data.docstrings(path)
+    path = next(p for p in Path(ast.__file__).parent.glob("textwrap.py"))
+    texts = text.docstrings(path)
     import textwrap
     assert texts[0] == textwrap.__doc__.strip() and any("dedent" in t or "leading whitespace" in t for t in texts)
 
@@ -56,11 +58,11 @@ def test_documents_are_split_by_name(corpus, text_file):
     """Both parts together are the whole text, and validation is about a tenth."""
     end = corpus.encoding.encode_single_token(data.END)
     expected = {True: [], False: []}
-    for name, text in data.text_documents(text_file, quiet=True):
-        expected[data.is_validation(name)] += corpus.encoding.encode_ordinary(text) + [end]
+    for name, piece in text.documents([text_file], "reading", quiet=True):
+        expected[data.is_validation(name)] += corpus.encoding.encode_ordinary(piece) + [end]
     assert corpus.train.tolist() == expected[False] and corpus.val.tolist() == expected[True]
     assert 0.02 < len(corpus.val) / len(corpus.train) < 0.3
-    assert "".join(text for _, text in data.text_documents(text_file, quiet=True)) == text_file.read_text()
+    assert "".join(piece for _, piece in text.documents([text_file], "reading", quiet=True)) == text_file.read_text()
 
 
 def test_second_load_reads_the_cache_and_other_text_is_another_folder(corpus, text_file, cache, tmp_path, monkeypatch):
@@ -71,15 +73,6 @@ def test_second_load_reads_the_cache_and_other_text_is_another_folder(corpus, te
     assert again.info == corpus.info and again.encoding._mergeable_ranks == corpus.encoding._mergeable_ranks
     with pytest.raises(pytest.fail.Exception):
         data.load(other, vocab_size=2048, cache=cache, quiet=True)
-
-
-def test_interrupted_preparation_leaves_nothing(text_file, tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, "write_tokens", stop)
-    with pytest.raises(KeyboardInterrupt):
-        data.load(text_file, vocab_size=300, cache=tmp_path, quiet=True)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_batches_walk_through_each_window_once():
@@ -177,17 +170,6 @@ def test_fewshot_rows_hold_only_held_out_words_at_the_end(corpus):
     for ids, word, previous in zip(rows.ids.tolist(), rows.word, rows.previous):
         assert ids[-1] == corpus.mask_id and not set(ids[:-1]) & held_out and previous == ids[-2]
         assert windows[tuple(ids[:-1])] == corpus.index.words[word] and corpus.index.is_held_out[word]
-
-
-@pytest.mark.parametrize("content, message", [
-    (b"", "empty"), (b"  \n\n", "empty"), (b"abc\0def", "NUL"), (b"abc \xff\xfe def" * 9, "not UTF-8"), (None, "no such file")])
-def test_bad_text_is_one_line(tmp_path, content, message):
-    path = tmp_path / "bad.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(data.DataError, match=message):
-        data.load(path, vocab_size=300, cache=tmp_path / "cache", quiet=True)
-    assert list((tmp_path / "cache").glob("*/info.json")) == []
 
 
 def test_gpt2_offline_names_both_ways_out(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import model
 import ner
@@ -45,7 +46,7 @@ def make_run(folder, seed):
     """A run folder as train.py leaves it: an untrained 11m decoder with a vocabulary of 400."""
     folder.mkdir(parents=True)
     decoder = model.Decoder(model.Config(96, 400), torch.Generator().manual_seed(seed))
-    model.save_checkpoint(folder, {"step": 0, "model": decoder.state_dict()})
+    checkpoint.save_checkpoint(folder, {"step": 0, "model": decoder.state_dict()})
     (folder / "config.json").write_text(json.dumps({"size": "11m", "vocab_size": 400, "seed": 0}))
     words = Counter(" " + word for words, _ in ner.toy_treebank("train") for word in words)
     tokens = data.train_bpe(words, 100, quiet=True)

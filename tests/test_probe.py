@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import compare
 import probe
 from model import Config, Decoder
 
@@ -17,6 +18,8 @@ def test_effective_rank_of_known_matrices():
     assert probe.effective_rank(torch.randn(8, 1) @ torch.randn(1, 5)) == pytest.approx(1, abs=1e-3)
     assert probe.effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
     assert probe.effective_rank(torch.zeros(3, 3)) == 0
+    many = [torch.eye(3), torch.zeros(3, 7), torch.full((3, 3), math.nan), torch.eye(2, 5), torch.ones(3, 4)]
+    assert probe.effective_ranks(many) == pytest.approx([3, 0, math.nan, 2, 1], abs=1e-6, nan_ok=True)
 
 
 def test_effective_rank_is_accurate_on_a_real_layer():
@@ -120,8 +123,8 @@ def synthetic_run(name, speed, seed=0, corpus="a", flops_per_step=10):
 
 
 def test_sooner_by_recovers_a_known_ratio():
-    groups = probe.group_runs([synthetic_run("v", 1), synthetic_run("m", 1.6, flops_per_step=20)])
-    entry = probe.compare(groups)["sooner_by"]["m"]
+    groups = compare.group_runs([synthetic_run("v", 1), synthetic_run("m", 1.6, flops_per_step=20)])
+    entry = compare.compare(groups)["sooner_by"]["m"]
     assert entry["step"]["mean"][-1] == pytest.approx(1.6, rel=0.01) and entry["tokens"]["mean"][-1] == pytest.approx(1.6, rel=0.01)
     assert entry["flops"]["mean"][-1] == pytest.approx(0.8, rel=0.01)
     assert entry["papers_reading"]["mean"][0] == pytest.approx(1.6, rel=0.1)
@@ -129,22 +132,22 @@ def test_sooner_by_recovers_a_known_ratio():
 
 def test_seeds_are_grouped_and_spread_is_over_them():
     runs = [synthetic_run("v", 1), synthetic_run("v-s1", 1, seed=1), synthetic_run("m", 1.5), synthetic_run("m-s1", 1.7, seed=1)]
-    groups = probe.group_runs(runs)
+    groups = compare.group_runs(runs)
     assert {label: len(members) for label, members in groups.items()} == {"v": 2, "m": 2}
-    entry = probe.compare(groups)["sooner_by"]["m"]
+    entry = compare.compare(groups)["sooner_by"]["m"]
     assert entry["step"]["mean"][-1] == pytest.approx(1.6, rel=0.02) and entry["step"]["sd"][-1] == pytest.approx(0.2 / math.sqrt(2), rel=0.1)
 
 
 def test_a_loss_never_reached_is_not_extrapolated():
     costs, losses = np.array([0.0, 10, 20]), np.array([5.0, 3, 2])
-    assert probe.first_reach(costs, losses, 4) == 5 and probe.first_reach(costs, losses, 2.5) == 15
-    assert math.isnan(probe.first_reach(costs, losses, 1.9)) and math.isnan(probe.first_reach(costs, losses, 6))
-    ratios = probe.sooner_by([(costs, losses)], [(costs, losses - 1)], [2.5, 1.5])
+    assert compare.first_reach(costs, losses, 4) == 5 and compare.first_reach(costs, losses, 2.5) == 15
+    assert math.isnan(compare.first_reach(costs, losses, 1.9)) and math.isnan(compare.first_reach(costs, losses, 6))
+    ratios = compare.sooner_by([(costs, losses)], [(costs, losses - 1)], [2.5, 1.5])
     assert ratios["mean"][0] == pytest.approx(15 / 7.5) and ratios["mean"][1] is None and ratios["sd"] is None
 
 
 def test_different_corpora_are_compared_in_bits_per_byte():
-    result = probe.compare(probe.group_runs([synthetic_run("v", 1), synthetic_run("m", 2, corpus="b")]))
+    result = compare.compare(compare.group_runs([synthetic_run("v", 1), synthetic_run("m", 2, corpus="b")]))
     assert result["loss"] == "bits_per_byte" and result["groups"]["v"]["bits_per_byte"]["mean"] == pytest.approx((10 - math.log(1001)) / 4)
 
 

@@ -1,0 +1,110 @@
+"""Files that survive: atomic writes, checkpoints with a checksum and a predecessor, the lock of a run.
+
+    from checkpoint import load_checkpoint, lock_run, save_checkpoint, write_atomically
+
+A process may be killed at any instruction, a disk may be full, a file may come from a stranger. So a file is written under
+a temporary name, flushed to the disk and renamed, which is atomic; a checkpoint carries its SHA-256; and nothing but
+tensors and plain values is ever unpickled (weights_only).
+"""
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write to, which takes the place of `path` when the block ends: whole, and on the disk. If the block
+    fails, path is what it was."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path, content):
+    """Write text or bytes to path so that it is at every instant the old file or the new one. Raises OSError."""
+    with replacing(Path(path)) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def fingerprint(state):
+    """SHA-256, in hex, of a nested dict or list of tensors and plain values."""
+    sha = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().contiguous()
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            sha.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
+        elif isinstance(value, (dict, list, tuple)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                sha.update(repr(key).encode())
+                add(item)
+        else:
+            sha.update(repr(value).encode())
+
+    add(state)
+    return sha.hexdigest()
+
+
+def save_checkpoint(folder, state):
+    """Write state to folder/ckpt.pt; the one before is kept as ckpt-previous.pt, so that a whole checkpoint exists at every
+    instant. Raises OSError where it cannot be written: then both are what they were."""
+    new = Path(folder) / "ckpt.pt"
+    with replacing(new) as file:
+        try:
+            torch.save(state | {"sha256": fingerprint(state)}, file)
+        except RuntimeError as error:  # torch's own words for a write that failed
+            raise OSError(None, "the disk is full or the file too large", str(new)) from error
+        file.flush()
+        os.fsync(file.fileno())
+        if new.exists():
+            new.replace(new.with_name("ckpt-previous.pt"))
+
+
+def load_checkpoint(folder, device="cpu"):
+    """The newest whole checkpoint in a run's folder, checked against its SHA-256. Raises ValueError if there is none."""
+    problems = []
+    for name in ("ckpt.pt", "ckpt-previous.pt"):
+        try:
+            state = torch.load(Path(folder) / name, map_location=device, weights_only=True)
+            if state.pop("sha256") == fingerprint(state):
+                if problems:
+                    print(f"{folder}: {problems[0]}; using {name}, of step {state['step']}", file=sys.stderr)
+                return state
+            problems.append(f"{name} is damaged (its checksum is wrong)")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except Exception as error:  # a truncated or altered archive fails in many ways
+            problems.append(f"{name} is damaged ({type(error).__name__})")
+    raise ValueError(f"no usable checkpoint in {folder}: " + ", ".join(problems))
+
+
+def lock_run(folder):
+    """Keep other processes from training in this folder; returns the open file that holds the lock. The system itself lets
+    go of it when the process ends, however it ends, so a dead one is never in the way; the checkpoint that it had half
+    written is cleared away. Raises ValueError if the folder is taken."""
+    file = open(Path(folder) / ".lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(f"another process is training in {folder}: wait for it, or choose another --name") from None
+    for torn in Path(folder).glob("ckpt.pt.*.tmp"):
+        torn.unlink()
+    return file

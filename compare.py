@@ -1,0 +1,161 @@
+"""Comparison of runs at equal cost; `python probe.py RUN RUN ...` is its command.
+
+    from compare import compare, comparison_table, group_runs
+
+The same held-out next-token loss against updates, tokens, FLOPs and seconds; how much sooner one group of runs gets there
+than another; the paper's own reading beside it; few-shot accuracy, rank and entropy.
+"""
+import json
+import math
+
+import numpy as np
+
+from probe import COLOURS, CURVES, panel, series
+
+COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs", "seconds": "seconds of training"}
+FEWSHOT = {"fewshot_prototype": "prototype", "fewshot_before": "head before", "fewshot_after": "head after"}
+STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
+NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device", "device_name", "versions", "head_parameters"}
+
+
+def group_runs(runs):
+    """{label: [(settings, lines)]} of runs [(settings, lines)]: those that differ in their seed alone are one group,
+    sorted by seed and labelled by the name of its first run."""
+    groups = {}
+    for settings, lines in runs:
+        key = json.dumps({k: v for k, v in settings.items() if k not in NOT_A_CONFIGURATION}, sort_keys=True)
+        groups.setdefault(key, []).append((settings, lines))
+    labels = [members[0][0]["name"] for members in groups.values()]
+    labels = [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels, 1)]
+    return {label: sorted(members, key=lambda run: run[0]["seed"]) for label, members in zip(labels, groups.values())}
+
+
+def first_reach(costs, losses, level):
+    """The cost at which a curve first comes down to `level`, interpolated between its points; NaN if it never does."""
+    i = int((losses <= level).argmax())
+    if i == 0 or losses[i] > level:  # it began below (when it passed is not known), or it never got there
+        return float(costs[0]) if losses[0] == level else math.nan
+    return float(np.interp(level, losses[[i, i - 1]], costs[[i, i - 1]]))
+
+
+def sooner_by(first, second, levels):
+    """How many times less the curves `second` need than the curves `first` to reach each level.
+
+    Curves are lists of (costs (S,), losses (S,)). The i-th is set against the i-th where there are as many (the same
+    seeds), else each against each. Returns {mean, sd} by level over the pairs; a level that one curve never reached
+    is None, and so is the sd of a single pair."""
+    pairs = zip(first, second) if len(first) == len(second) else ((a, b) for a in first for b in second)
+    return mean_and_spread([[first_reach(*a, level) / first_reach(*b, level) for level in levels] for a, b in pairs])
+
+
+def mean_and_spread(values):
+    """{mean, sd} over the first dimension of values, numbers or lists; sd is the sample's, None for one value."""
+    values = np.array(values, dtype=float)
+    blank = lambda numbers: [None if math.isnan(n) else float(n) for n in numbers] if numbers.ndim else float(numbers)
+    return {"mean": blank(values.mean(axis=0)), "sd": blank(values.std(axis=0, ddof=1)) if len(values) > 1 else None}
+
+
+def mixed_loss(lines):
+    """(updates, loss): the paper's own reading, training loss of whatever kind of update, mean of the last 50."""
+    steps, loss = series(lines, "loss")
+    width = min(50, max(1, len(loss) // 4))
+    return steps[width - 1:], np.convolve(loss, np.ones(width) / width, mode="valid")
+
+
+def compare(groups):
+    """Compare the second and later groups with the first: a dict of the figures that the table and picture show.
+
+    Runs on different texts or tokenizers are compared in bits per byte, since their nats per token differ in kind."""
+    kinds = {(s["corpus_sha256"], s["vocab_size"], s["tokenizer"]) for runs in groups.values() for s, _ in runs}
+    loss, unit = ("val_loss", "nats per token") if len(kinds) == 1 else ("bits_per_byte", "bits per byte")
+    result = {"loss": loss, "unit": unit, "groups": {}, "sooner_by": {}}
+    for label, runs in groups.items():
+        entry = result["groups"][label] = {"runs": [s["name"] for s, _ in runs]}
+        curves = {key: [series(lines, key)[1] for _, lines in runs]
+                  for key in (loss, *FEWSHOT, *STANDARD_ERROR.values(), "fewshot_lookup", "fewshot_chance")}
+        curves |= {name: [series(lines, *path)[1] for _, lines in runs] for name, path in CURVES.items()}
+        for key, values in curves.items():
+            if all(map(len, values)):
+                ends = [v[-1].mean(axis=1) if v.ndim == 3 else v[-1] for v in values]  # entropy: the mean of a layer's heads
+                entry[key] = mean_and_spread(ends) | {"untrained": mean_and_spread([v[0] for v in values])["mean"]} \
+                    if key not in CURVES else mean_and_spread(ends)
+    first, *others = groups
+    for label in others:
+        sides = [[lines for _, lines in groups[g]] for g in (first, label)]
+        losses = [series(lines, loss)[1] for side in sides for lines in side]
+        levels = np.linspace(min(y[0] for y in losses), max(y.min() for y in losses), 7)[1:]  # down to the last common loss
+        entry = result["sooner_by"][label] = {"levels": levels.tolist()}
+        for cost in COSTS:
+            entry[cost] = sooner_by(*[[series(lines, loss, x=cost) for lines in side] for side in sides], levels)
+        mixed = [[mixed_loss(lines) for lines in side] for side in sides]
+        if all(len(y) for side in mixed for _, y in side):
+            level = max(y.min() for side in mixed for _, y in side)
+            entry["papers_reading"] = {"level": float(level)} | sooner_by(*mixed, [level])
+    return result
+
+
+def comparison_table(result):
+    """What `compare` found, in words."""
+    def figure(entry, key, form="{:.1%}"):
+        if key not in entry:
+            return "-"
+        mean, sd = entry[key]["mean"], entry[key]["sd"]
+        return form.format(mean) + (f" +- {form.format(sd)}" if sd is not None else "")
+
+    rows = [f"final figures; loss in {result['unit']} on validation text; +- is the standard deviation over seeds",
+            f"{'':<20} {'loss':>16} " + "".join(f"{name:>18}" for name in FEWSHOT.values()) + f"{'untrained prototype':>21} {'chance':>8}"]
+    for label, entry in result["groups"].items():
+        untrained = f"{entry['fewshot_prototype']['untrained']:.1%}" if "fewshot_prototype" in entry else "-"
+        rows.append(f"{label:<20} {figure(entry, result['loss'], '{:.3f}'):>16} " + "".join(f"{figure(entry, key):>18}" for key in FEWSHOT)
+                    + f"{untrained:>21} {figure(entry, 'fewshot_chance'):>8}")
+        errors = [f"{FEWSHOT[key]} {entry[error]['mean']:.1%}" for key, error in STANDARD_ERROR.items() if error in entry]
+        rows.append(f"{'':<20} standard error over episodes: {', '.join(errors)}" if errors else "")
+    first = next(iter(result["groups"]))
+    ratio = lambda entry, i: "never reached" if entry["mean"][i] is None else f"{entry['mean'][i]:.2f}x" + (f" +- {entry['sd'][i]:.2f}" if entry["sd"] else "")
+    for label, entry in result["sooner_by"].items():
+        rows += [f"\n{label} reaches the same held-out loss sooner than {first} by a factor of (below 1: later)",
+                 f"{'loss':>8} " + "".join(f"{name:>22}" for name in COSTS.values())]
+        rows += [f"{level:8.3f} " + "".join(f"{ratio(entry[cost], i):>22}" for cost in COSTS) for i, level in enumerate(entry["levels"])]
+        rows[-1] += "   the last common loss"
+        if "papers_reading" in entry:
+            rows.append(f"the paper's reading, mixed training loss {entry['papers_reading']['level']:.3f} against updates: "
+                        f"{ratio(entry['papers_reading'], 0)} (it mixes an easier question in: not a fair measure)")
+    return "\n".join(rows)
+
+
+def draw_comparison(figure, groups, result):
+    """Draw the comparison on an empty figure: the same held-out loss against four costs, accuracy, rank, entropy."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+    axes = figure.subplots(2, 4).ravel()
+    colours = dict(zip(groups, COLOURS * len(groups)))
+    for ax, (cost, name) in zip(axes, COSTS.items()):
+        for label, runs in groups.items():
+            for i, (_, lines) in enumerate(runs):
+                x, y = series(lines, result["loss"], x=cost)
+                ax.plot(x[1:], y[1:], "o-", markersize=2.5, linewidth=1.2, color=colours[label], label=None if i else label)
+        ends = [entry[cost]["mean"][-1] for entry in result["sooner_by"].values()]
+        panel(ax, "sooner by " + "; ".join("- (never reached)" if end is None else f"{end:.2f}x" for end in ends), result["unit"], name)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_minor_formatter("")
+    axes[0].legend(fontsize=8, frameon=False)
+    width = 0.8 / len(groups)
+    for g, (label, entry) in enumerate(result["groups"].items()):
+        for b, key in enumerate(FEWSHOT):
+            if key in entry:
+                at = b + (g - (len(groups) - 1) / 2) * width
+                error = entry[key]["sd"] or entry.get(STANDARD_ERROR.get(key), {"mean": 0})["mean"]  # over seeds, else episodes
+                axes[4].bar(at, 100 * entry[key]["mean"], width, yerr=100 * error, color=colours[label], capsize=2)
+                axes[4].hlines(100 * entry[key]["untrained"], at - width / 2, at + width / 2, color="black", linewidth=1)
+        if "fewshot_chance" in entry:
+            axes[4].axhline(100 * entry["fewshot_chance"]["mean"], color="grey", linestyle="--", linewidth=1)
+    axes[4].set_xticks(range(len(FEWSHOT)), FEWSHOT.values(), fontsize=8)
+    panel(axes[4], "few-shot accuracy (dashed chance, black untrained)", "% right", "")
+    for ax, name in zip(axes[5:], ("rank of hidden states", "rank of attention weights", "head entropy")):
+        entries = {label: entry[name]["mean"] for label, entry in result["groups"].items() if name in entry}
+        for label, layers in entries.items():
+            ax.plot(range(len(layers)), layers, "o-", markersize=3, color=colours[label])
+        panel(ax, f"{name}: mean " + " / ".join(f"{np.mean(layers):.2f}" for layers in entries.values()),
+              "share of uniform attention" if "entropy" in name else "effective rank", "layer (0 reads the text)")
+    figure.suptitle("held-out loss at equal cost: " + " against ".join(f"{label} ({len(runs)} seed{'s'[:len(runs) != 1]})" for label, runs in groups.items()))
