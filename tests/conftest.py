@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +18,7 @@ torch.set_num_threads(2)
 
 import data  # noqa: E402
 import model  # noqa: E402
+import text  # noqa: E402
 
 # Scripts run in processes forked from one that has imported what they import: that saves each of them three seconds.
 os.environ["PYTHONPATH"] = str(ROOT)
@@ -56,6 +58,17 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(text_file, cache):
     return data.load(text_file, vocab_size=2048, cache=cache, quiet=True)
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    """A stand-in for GPT-2's vocabulary, which is not here without a network: bytes, pairs of letters, and numbers to fill it."""
+    tokens = [bytes([i]) for i in range(256)] + [b" " + bytes([a, b, c]) for a in range(97, 123) for b in range(97, 123) for c in range(97, 123)]
+    tokens += [b"\xff%d" % i for i in range(50256 - len(tokens))]
+    encoding = tiktoken.Encoding("gpt2", pat_str=text.PATTERN, mergeable_ranks={token: i for i, token in enumerate(tokens)},
+                                 special_tokens={data.END: 50256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
 
 
 @pytest.fixture

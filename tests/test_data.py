@@ -1,4 +1,6 @@
 import ast
+import gzip
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -178,3 +180,90 @@ def test_gpt2_offline_names_both_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(data.DataError, match="TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
         data.gpt2_encoding()
+
+
+LINES = ["First line, naïve.", "Zweite Zeile 日本語 🙂", "third\nwith a break\r\n", "x" * 40_000, " "]
+
+
+def read(path):
+    return [piece for _, piece in text.documents(text.text_files([path]), "reading", quiet=True)]
+
+
+def test_json_lines_plain_and_gzipped_give_their_texts(tmp_path):
+    lines = "\n".join(json.dumps({"id": i, "text": line}, ensure_ascii=i % 2 == 0) for i, line in enumerate(LINES)) + "\n\n"
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pieces = read(tmp_path / "a.jsonl")
+    assert pieces[:3] == LINES[:3] and "".join(pieces[3:]) == LINES[3] and max(map(len, pieces)) <= text.PIECE
+    assert read(tmp_path / "b.jsonl.gz") == pieces
+    names = [name for name, _ in text.documents([tmp_path / "a.jsonl"], "reading", quiet=True)]
+    assert len(set(names)) == 4  # the pieces of one document are on one side of the split
+    (tmp_path / "c.jsonl").write_text('{"text": "half a pair: \\ud83d"}')
+    assert read(tmp_path / "c.jsonl") == ["half a pair: ?"]
+
+
+def test_a_folder_is_read_in_order_and_cut_at_line_ends(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("".join(f"line {i} ü\r\n" for i in range(5000)))
+    (tmp_path / "sub" / "a.txt").write_text("last")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}')
+    (tmp_path / "notes.md").write_text("not read")
+    pieces = read(tmp_path)
+    assert pieces[0] == "first" and pieces[-1] == "last" and all(piece.endswith("\n") for piece in pieces[1:-1])
+    assert "".join(pieces[1:-1]) == "".join(f"line {i} ü\n" for i in range(5000))
+
+
+def llm_c_shard(ids):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(ids)
+    return header.tobytes() + ids.astype("<u2").tobytes()
+
+
+def test_token_files_of_nanogpt_and_llm_c_are_the_same_corpus(tmp_path, gpt2, monkeypatch):
+    monkeypatch.setattr(data, "COPY", 1000)
+    rng = np.random.default_rng(0)
+    train, val = rng.integers(0, 50257, 7300), rng.integers(0, 50257, 900)
+    for name in ("nano", "llmc", "one"):
+        (tmp_path / name).mkdir()
+    train.astype("<u2").tofile(tmp_path / "nano" / "train.bin")
+    val.astype("<u2").tofile(tmp_path / "nano" / "val.bin")
+    (tmp_path / "llmc" / "web_train_000001.bin").write_bytes(llm_c_shard(train[:5000]))
+    (tmp_path / "llmc" / "web_train_000002.bin").write_bytes(llm_c_shard(train[5000:]))
+    (tmp_path / "llmc" / "web_val_000000.bin").write_bytes(llm_c_shard(val))
+    (tmp_path / "one" / "all.bin").write_bytes(llm_c_shard(train))
+    loaded = {name: data.load(tmp_path / name, cache=tmp_path / "cache", quiet=True) for name in ("nano", "llmc")}
+    for corpus in loaded.values():
+        assert corpus.train.tolist() == train.tolist() and corpus.val.tolist() == val.tolist()
+        assert corpus.encoding.name == "gpt2" and corpus.mask_id == 50257
+    assert len({corpus.info["sha256"] for corpus in loaded.values()}) == 1
+    one = data.load(tmp_path / "one" / "all.bin", cache=tmp_path / "cache", quiet=True)
+    assert one.train.tolist() == train[:6570].tolist() and one.val.tolist() == train[6570:].tolist()  # the last tenth
+
+
+def test_prepared_once_is_the_corpus_itself(script, corpus, text_file, tmp_path):
+    done = script("data.py", text_file, "--out", "ready", "--vocab-size", 2048)
+    assert done.returncode == 0 and "train.py --data ready" in done.stdout, done.stderr
+    again = data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
+    assert again.info["sha256"] == corpus.info["sha256"] and again.train.tolist() == corpus.train.tolist()
+    with pytest.raises(data.DataError, match="--vocab-size 300 is too small"):
+        data.load(tmp_path / "ready", vocab_size=300, quiet=True)
+    np.array([2047] * (len(again.train)), dtype="<u2").tofile(tmp_path / "ready" / "train.bin")
+    bad = np.fromfile(tmp_path / "ready" / "val.bin", dtype="<u2")
+    bad[7] = 60_000
+    bad.tofile(tmp_path / "ready" / "val.bin")
+    with pytest.raises(data.DataError, match="id 60000"):
+        data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
+
+
+def test_show_tells_what_a_corpus_holds(corpus, text_file):
+    shown = data.show(corpus)
+    n_bytes = sum(len(piece.encode()) for _, piece in text.documents([text_file], "", quiet=True))
+    n_tokens = len(corpus.train) + len(corpus.val)
+    assert f"{n_tokens:,} tokens" in shown and f"{n_bytes / n_tokens:.2f} bytes per token" in shown and f"{corpus.info['documents']} documents" in shown
+    episode = data.EpisodeSampler(corpus, 4, 2, 1, 24).draw(0, 0)
+    rows = [line.split("-> ") for line in shown.splitlines() if "-> " in line]
+    assert len(rows) == 8 and all(row.rstrip().endswith("<mask>") for row, _ in rows)
+    answers = shown.split("answers: ")[1]
+    for label, word in enumerate(corpus.index.words[episode.words]):
+        name = corpus.encoding.decode([int(word)]).strip()
+        assert f"{label}: {name}" in answers and not any(name in row.split() for row, _ in rows)

@@ -1,12 +1,18 @@
+import json
 import math
+import random
 
+import numpy as np
 import pytest
+import regex
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
+import text
+from conftest import toy_text
 from model import Config, Decoder
 
 
@@ -129,3 +135,59 @@ def test_flops_formula_against_pytorchs_counter():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()).backward()  # the plain twin: all logits at once
     assert model.lm_flops(config, 2, 128) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def read_safetensors(path):
+    """By the format's own description: a length, a JSON header, raw bytes."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header, body = json.loads(raw[8:8 + size]), raw[8 + size:]
+    assert header.pop("__metadata__") == {"format": "pt"} and (8 + size) % 8 == 0
+    assert all(entry["dtype"] == "F32" for entry in header.values())
+    assert sorted(entry["data_offsets"] for entry in header.values())[-1][1] == len(body)
+    return {name: np.frombuffer(body[slice(*entry["data_offsets"])], dtype="<f4").reshape(entry["shape"]) for name, entry in header.items()}
+
+
+def merge_by_list(pieces, merges):
+    """Hugging Face's rule: of the neighbours that stand in the list, merge the pair that stands first, the leftmost of its kind."""
+    while True:
+        at = min(range(len(pieces) - 1), key=lambda i: (merges.get((pieces[i], pieces[i + 1]), len(merges)), i), default=None)
+        if at is None or (pieces[at], pieces[at + 1]) not in merges:
+            return pieces
+        pieces = pieces[:at] + [pieces[at] + pieces[at + 1]] + pieces[at + 2:]
+
+
+def test_export_holds_the_weights_and_tokens_of_the_run(corpus, tmp_path):
+    decoder = Decoder(Config(24, corpus.vocab_size, n_layer=2), torch.Generator().manual_seed(0))
+    model.export(decoder, corpus.encoding, tmp_path / "hf")
+    weights = read_safetensors(tmp_path / "hf" / "model.safetensors")
+    assert weights.keys() == decoder.state_dict().keys()
+    assert all(np.array_equal(weights[name], tensor.numpy()) for name, tensor in decoder.state_dict().items())
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], config["head_dim"]) == (24, 96, 2, 2)
+    tokenizer = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    vocab, letters = tokenizer["model"]["vocab"], text.byte_letters()
+    merges = {tuple(pair): i for i, pair in enumerate(tokenizer["model"]["merges"])}
+    assert letters[ord(" ")] == "Ġ" and letters[ord("\n")] == "Ċ" and letters[ord("a")] == "a" and len(set(letters)) == 256
+    rng = random.Random(0)
+    words = regex.findall(text.PATTERN, toy_text(300) + " naïve 日本語 🙂 x" + "".join(rng.choice("abdeiou kt'1 \n") for _ in range(3000)))
+    for word in set(words):
+        pieces = [letters[byte] for byte in word.encode()]
+        tokens = [vocab["".join(pieces)]] if "".join(pieces) in vocab else [vocab[piece] for piece in merge_by_list(pieces, merges)]
+        assert tokens == corpus.encoding.encode_ordinary(word), word
+    assert {token["content"]: token["id"] for token in tokenizer["added_tokens"]} == {text.END: corpus.encoding.n_vocab - 2, text.MASK: corpus.mask_id}
+
+
+def test_attention_written_out_equals_the_library_kernel():
+    """Values and gradients, in bf16, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 12, 40, 8), (3, 4, 40, 8), (3, 4, 40, 8), (3, 12, 40, 8))
+    q, k, v, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    results = []
+    for kind in (torch.bfloat16, torch.float64):
+        leaves = [t.to(kind, copy=True).requires_grad_() for t in (q, k, v)]
+        out = model.attend(*leaves, causal=True)
+        (out * weight.to(kind)).sum().backward()
+        results.append([out.detach(), *(t.grad for t in leaves)])
+    for low, exact in zip(*results):
+        assert low.dtype == torch.bfloat16 and (low - exact).abs().max() < 0.02 * exact.abs().max()
