@@ -216,8 +216,8 @@ def phase(steps, values):
     smoothed, spread = smooth(values), np.ptp(smooth(values))
     height, bottom, peak, end, p = hump_test(values)
     depth, _, trough, _, p_trough = hump_test(-values)
-    # Of monotone curves with noise of 4 % of their range and autocorrelation 0.6, one in twenty passes both bars; with a twentieth of the range one in six.
-    humped, dipped = p < 0.005 and height > 0.1 * spread, p_trough < 0.005 and depth > 0.1 * spread
+    # Of monotone curves with noise of 5 % of their range and autocorrelation 0.6, none in forty passes both bars; with spread / 20 one in six.
+    humped, dipped = p < 0.005 and height > spread / 8, p_trough < 0.005 and depth > spread / 8
     if humped and dipped:
         verdict = "rises, falls, rises" if peak < trough else "falls, rises, falls"
     elif humped or dipped:
@@ -260,7 +260,7 @@ def phase_table(result):
             rows.append(f"  {len(humps)} of {len(layers)} layers fan out, then collapse; first to peak (to specialise): layers "
                         f"{', '.join(str(i) for *_, i in first)}; first to reconverge: layers {', '.join(str(i) for _, i in back)}")
         else:
-            rows.append(f"  no layer of {len(layers)} fans out and then collapses (no rise-and-fall beyond autocorrelated noise, p < 0.005, and a tenth of the range)")
+            rows.append(f"  no layer of {len(layers)} fans out and then collapses (no rise-and-fall beyond autocorrelated noise, p < 0.005, and an eighth of the range)")
     return "\n".join(rows) if rows else "fewer than 8 probes: too early for phases"
 
 

@@ -100,7 +100,7 @@ def test_monotone_curves_are_called_monotone(shape, word):
     assert probe.phase(STEPS, shape(t))["verdict"] == word
     if word != "flat":  # with autocorrelated noise a false alarm is rare
         verdicts = [probe.phase(STEPS, shape(t) + 0.04 * noise(seed))["verdict"] for seed in range(20)]
-        assert verdicts.count(word) >= 18
+        assert verdicts.count(word) >= 19
 
 
 def test_monotone_fit_is_the_least_squares_one():
