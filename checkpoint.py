@@ -7,6 +7,7 @@ a temporary name, flushed to the disk and renamed, which is atomic; a checkpoint
 tensors and plain values is ever unpickled (weights_only).
 """
 import contextlib
+import errno
 import hashlib
 import os
 import sys
@@ -59,11 +60,11 @@ def fingerprint(state):
 
 def save_checkpoint(folder, state):
     """Write state to folder/ckpt.pt; the one before is kept as ckpt-previous.pt, so that a whole checkpoint exists at every
-    instant. Raises OSError where it cannot be written: then both are what they were."""
-    new = Path(folder) / "ckpt.pt"
+    instant. Raises OSError where it cannot be written."""
+    new, state = Path(folder) / "ckpt.pt", state | {"sha256": fingerprint(state)}
     with replacing(new) as file:
         try:
-            torch.save(state | {"sha256": fingerprint(state)}, file)
+            torch.save(state, file)
         except RuntimeError as error:  # torch's own words for a write that failed
             raise OSError(None, "the disk is full or the file too large", str(new)) from error
         file.flush()
@@ -92,8 +93,8 @@ def load_checkpoint(folder, device="cpu"):
 
 def lock_run(folder):
     """Keep other processes from training in this folder; returns the open file that holds the lock. The system itself lets
-    go of it when the process ends, however it ends, so a dead one is never in the way; the checkpoint that it had half
-    written is cleared away. Raises ValueError if the folder is taken."""
+    go of it when the process ends, however it ends, so a dead one is never in the way; the files that it had half
+    written are cleared away. Raises ValueError if the folder is taken."""
     file = open(Path(folder) / ".lock", "a")
     try:
         if os.name == "nt":
@@ -102,9 +103,12 @@ def lock_run(folder):
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            print(f"note: {folder} lies on a file system without locks: do not train there twice at once", file=sys.stderr)
+            return file
         file.close()
         raise ValueError(f"another process is training in {folder}: wait for it, or choose another --name") from None
-    for torn in Path(folder).glob("ckpt.pt.*.tmp"):
-        torn.unlink()
+    for torn in Path(folder).glob("*.*.tmp"):
+        torn.unlink(missing_ok=True)
     return file

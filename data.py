@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -28,12 +29,11 @@ import torch
 from tqdm import tqdm
 
 from text import (END, MASK, PACKAGES, DataError, bpe_encoding, count_words, digest, documents, gpt2_encoding, installed_docs, is_validation,
-                  load_encoding, text_files, train_bpe)
+                  load_encoding, read_ids, text_files, token_files, train_bpe)
 
 FORMAT = 2                    # counted up when the files in the cache change their meaning
 INDEX_TOKENS = 50_000_000     # tokens in which episodes look for their words
 MIN_COUNT, MOST_COMMON = 64, 100  # the frequency band of the words that episodes ask about
-SHARD_MAGIC = 20240520        # of llm.c's token files: 256 int32 (magic, version 1, tokens, ...), then uint16 ids
 COPY = 2 ** 22                # tokens copied and checked at a time
 
 
@@ -83,26 +83,34 @@ def load(data=None, tokenizer="bpe", vocab_size=50304, cache=None, quiet=False):
     """The Corpus of --data (None: the documentation on this machine), prepared on first use and cached.
 
     vocab_size is the size of the decoder's vocabulary, 260 to 65536 (ids are uint16). Raises DataError."""
-    if not 260 <= vocab_size <= 65536:
-        raise DataError(f"--vocab-size {vocab_size} is outside 260 (the bytes and the special tokens) to 65536 (ids are uint16)")
     if data and (Path(data) / "info.json").exists() and (Path(data) / "tokenizer.tiktoken").exists():
-        return open_corpus(Path(data), vocab_size)
-    shards = token_files(data) if data else {}
-    tokenizer = "gpt2" if shards else tokenizer
-    if tokenizer == "gpt2" and vocab_size < 50258:
-        raise DataError(f"GPT-2's vocabulary has 50258 tokens with its mask: --vocab-size {vocab_size} is too small")
-    files = sum(shards.values(), []) or (text_files([data]) if data else [])
-    source = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files] or [platform.python_version()] + [
+        return open_corpus(Path(data), vocab_size, check_ids=True)
+    source, tokenizer = find_source([data] if data else [], tokenizer, vocab_size)
+    files = sum(source.values(), []) if isinstance(source, dict) else source
+    made_from = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files] or [platform.python_version()] + [
         (p, metadata.version(p)) for p in PACKAGES if importlib.util.find_spec(p)]
-    key = digest(json.dumps([FORMAT, tokenizer, vocab_size, source])).hex()[:16]
+    key = digest(json.dumps([FORMAT, tokenizer, vocab_size, made_from])).hex()[:16]
     folder = cache_root(cache) / key
     if not (folder / "info.json").exists():
-        prepare(folder, shards or files, tokenizer, vocab_size, quiet, str(data) if data else None)
+        prepare(folder, source, tokenizer, vocab_size, quiet, str(data) if data else None)
     return open_corpus(folder, vocab_size)
 
 
-def open_corpus(folder, vocab_size):
-    """The Corpus in a prepared folder, once its files are what its info.json says. Raises DataError."""
+def find_source(paths, tokenizer, vocab_size):
+    """(what to prepare, tokenizer): files of GPT-2 ids as token_files gives them, or a list of text files, empty for the
+    installed documentation. Raises DataError."""
+    found = [token_files(path) for path in paths]
+    if any(found) and len(paths) > 1:
+        raise DataError("token files are taken one path at a time")
+    tokenizer = "gpt2" if any(found) else tokenizer
+    if not (50258 if tokenizer == "gpt2" else 260) <= vocab_size <= 65536:
+        raise DataError(f"--vocab-size {vocab_size} is outside 260 (the bytes and the special tokens; 50258 for GPT-2's ids) to 65536 (ids are uint16)")
+    return (found[0] if any(found) else text_files(paths)), tokenizer
+
+
+def open_corpus(folder, vocab_size, check_ids=False):
+    """The Corpus in a prepared folder, once its files are what its info.json says; with check_ids, which reads them all, and
+    each id is one of its tokenizer. Raises DataError."""
     try:
         info = json.loads((folder / "info.json").read_text())
         whole = [2 * n for n in info["tokens"]] == [(folder / name).stat().st_size for name in ("train.bin", "val.bin")] and len(info["sha256"]) == 64
@@ -113,7 +121,7 @@ def open_corpus(folder, vocab_size):
     corpus = Corpus(folder, load_encoding(folder), vocab_size, info)
     if corpus.encoding.n_vocab > vocab_size:
         raise DataError(f"{folder} was prepared with {corpus.encoding.n_vocab} tokens: --vocab-size {vocab_size} is too small")
-    top = max((int(tokens[at:at + COPY].max()) for tokens in (corpus.train, corpus.val) for at in range(0, len(tokens), COPY)), default=0)
+    top = max((int(tokens[at:at + COPY].max()) for tokens in (corpus.train, corpus.val) for at in range(0, len(tokens), COPY)), default=0) if check_ids else 0
     if top >= corpus.encoding.n_vocab:
         raise DataError(f"the prepared text in {folder} holds the id {top}, but its tokenizer ends at {corpus.encoding.n_vocab - 1}: prepare it again")
     return corpus
@@ -124,17 +132,20 @@ def prepare(folder, source, tokenizer, vocab_size, quiet, name=None):
     of text files (none: the installed documentation) or what token_files found. Raises DataError."""
     docs = None if source else installed_docs(quiet)
     stream = lambda what: documents(source, what, quiet) if source else tqdm(docs, desc=what, unit="document", disable=True if quiet else None)
-    work = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    folder, work = folder.resolve(), None
+    for ids in sum(source.values(), []) if isinstance(source, dict) else []:
+        read_ids(ids)  # headers and sizes first, before anything is fetched or copied
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        info = copy_tokens(work, source, quiet) if isinstance(source, dict) else None  # ids are ready
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
         tokens = train_bpe(count_words(stream("reading")), vocab_size - 258, quiet) if tokenizer == "bpe" else []
         (work / "tokenizer.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
         encoding = bpe_encoding(tokens) if tokens else gpt2_encoding()
-        info = info or write_tokens(work, stream("tokenizing"), encoding)
+        info = copy_tokens(work, source, quiet) if isinstance(source, dict) else write_tokens(work, stream("tokenizing"), encoding)
         info["source"] = name or "documentation of Python and " + ", ".join(PACKAGES)
         (work / "info.json").write_text(json.dumps(info))
         try:
+            work.chmod(0o755)  # mkdtemp makes folders for their owner alone
             work.rename(folder)
         except OSError:
             if not (folder / "info.json").exists():  # unless another process has just done the same work
@@ -142,7 +153,8 @@ def prepare(folder, source, tokenizer, vocab_size, quiet, name=None):
     except OSError as error:
         raise DataError(f"cannot write to {folder.parent}: {error.strerror} (--cache DIR takes another folder)") from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def write_tokens(folder, stream, encoding):
@@ -171,37 +183,8 @@ def write_tokens(folder, stream, encoding):
     return info | {"sha256": sha.hexdigest()}
 
 
-def token_files(path):
-    """{"train": files, "val": files} if path names files of GPT-2 ids: one .bin file, or a folder of them as nanoGPT
-    (train.bin, val.bin) and llm.c (names with _train_ and _val_) make it; else {}. Raises DataError."""
-    path = Path(path)
-    files = sorted(path.glob("*.bin")) if path.is_dir() else [path] if path.suffix == ".bin" and path.is_file() else []
-    if files and (path / "meta.pkl").exists():
-        raise DataError(f"{path} has a vocabulary of its own (meta.pkl, of single characters): only GPT-2 ids can be read")
-    val = [file for file in files if "val" in file.name]
-    if files and len(val) == len(files):
-        raise DataError(f"{path} holds token files for validation, but none to train on")
-    return {"train": [file for file in files if file not in val], "val": val} if files else {}
-
-
-def read_ids(file):
-    """A file of GPT-2 ids as a uint16 memory map, once its header and size are right. Raises DataError."""
-    size = file.stat().st_size
-    with open(file, "rb") as raw:
-        start = raw.read(1024)
-    header = np.frombuffer(start, dtype="<i4") if size >= 1024 else [0]
-    at = 1024 if header[0] == SHARD_MAGIC else 0
-    if start.startswith(b"\x93NUMPY"):
-        raise DataError(f"{file} is an array saved by NumPy: write the bare ids (array.astype('uint16').tofile)")
-    if at and (header[1] != 1 or size != 1024 + 2 * int(header[2])):
-        raise DataError(f"{file} is of version {header[1]} and has {size - 1024} bytes of ids: its header must say version 1, and {header[2]} ids are {2 * int(header[2])} bytes")
-    if size % 2 or size == at:
-        raise DataError(f"{file} has {size} bytes: uint16 ids take two each, and there must be some")
-    return np.memmap(file, dtype="<u2", mode="r", offset=at)
-
-
 def copy_tokens(folder, shards, quiet):
-    """Check files of GPT-2 ids and copy them to train.bin and val.bin; without validation files the last tenth serves.
+    """Check files of GPT-2 ids and copy them to train.bin and val.bin; without validation files the last tenth of each serves.
     Returns the counts and the SHA-256."""
     sha, counts = hashlib.sha256(), {"train": 0, "val": 0}
     total = sum(file.stat().st_size for files in shards.values() for file in files)
@@ -387,9 +370,9 @@ def show(corpus):
     n_bytes = sum(int(corpus.token_bytes[part[at:at + COPY]].sum()) for part in (corpus.train, corpus.val) for at in range(0, len(part), COPY))
     n_tokens = len(corpus.train) + len(corpus.val)
     rows = [f"{corpus.info['source']}, in {corpus.folder}",
-            f"{corpus.info['documents'] or 'unknown':,} documents, {n_tokens:,} tokens ({len(corpus.val):,} of them for validation), "
+            f"{corpus.info['documents'] or 'token'} {'documents' if corpus.info['documents'] else 'files'}, {n_tokens:,} tokens ({len(corpus.val):,} of them for validation), "
             f"{n_bytes / max(1, n_tokens):.2f} bytes per token, {corpus.encoding.n_vocab:,} kinds of tokens"]
-    if len(corpus.val) > 256:
+    if len(corpus.val) > 256 and len(corpus.train) > 1:
         baselines = ngram_baselines(corpus.train, validation_windows(corpus.val, 128, 128), corpus.vocab_size)
         rows.append(f"validation text, nats per token: a unigram model {baselines['unigram']:.3f}, a smoothed bigram model {baselines['bigram']:.3f}")
     at = len(corpus.train) // 2
@@ -427,13 +410,8 @@ def main():
         parser.error("several paths need --out FOLDER")
     try:
         if args.out:
-            found = [token_files(path) for path in args.paths]
-            if any(found) and len(args.paths) > 1:
-                parser.error("token files are taken one path at a time")
-            if args.vocab_size < (50258 if any(found) or args.tokenizer == "gpt2" else 260) or args.vocab_size > 65536:
-                parser.error(f"--vocab-size {args.vocab_size} is too small or above 65536")
-            source = found[0] if any(found) else text_files(args.paths)
-            prepare(args.out, source, "gpt2" if any(found) else args.tokenizer, args.vocab_size, args.quiet, ", ".join(args.paths) or None)
+            source, tokenizer = find_source(args.paths, args.tokenizer, args.vocab_size)
+            prepare(args.out, source, tokenizer, args.vocab_size, args.quiet, ", ".join(args.paths) or None)
         corpus = open_corpus(args.out, args.vocab_size) if args.out else load(args.paths[0] if args.paths else None, args.tokenizer,
                                                                               args.vocab_size, args.cache, args.quiet)
         print(show(corpus) if args.show else f"{corpus.folder}: {len(corpus.train):,} tokens for training and {len(corpus.val):,} for validation\n"

@@ -187,9 +187,12 @@ def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", 
     would answer, on all queries. before / after, if there is a head: its accuracy at the mask before and after the
     inner loop, on all queries, and as _new on those that prototype is asked. stderr: of prototype, fewshot_after_stderr
     of after, over episodes, which share their rows."""
+    episodes = fewshot_episodes(rows, n_way, k_shot)
+    if not episodes:
+        return {}
     before_mask, at_mask = fewshot_states(backbone, rows, device)
     results = {name: [] for name in ("prototype", "lookup", "before", "after", "before_new", "after_new")}
-    for support, query in fewshot_episodes(rows, n_way, k_shot):
+    for support, query in episodes:
         label = np.arange(n_way).repeat(query.shape[1])
         previous = rows.previous[query.ravel()]
         same = previous[:, None] == rows.previous[support.ravel()][None]                # (N*Q, N*K)

@@ -13,7 +13,7 @@ import codecs
 import json
 import math
 import struct
-import time
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from checkpoint import load_checkpoint, replacing, write_atomically
+from text import END, MASK, DataError, hugging_face_tokenizer, load_encoding
 
 SIZES = {"11m": 96, "65m": 384, "181m": 768, "570m": 1536}  # name -> d_model
 
@@ -280,10 +281,7 @@ def write_safetensors(path, state):
 
 def export(decoder, encoding, folder):
     """Write a folder that Hugging Face's transformers load: LlamaForCausalLM and PreTrainedTokenizerFast. Raises OSError."""
-    import text
-    config, end = decoder.config, encoding.encode_single_token(text.END)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", decoder.state_dict())
+    config, end = decoder.config, encoding.encode_single_token(END)
     described = {
         "config": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.d_model,
                    "intermediate_size": config.d_ff, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
@@ -291,11 +289,15 @@ def export(decoder, encoding, folder):
                    "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
                    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "torch_dtype": "float32",
                    "bos_token_id": end, "eos_token_id": end},
-        "tokenizer": text.hugging_face_tokenizer(encoding),
+        "tokenizer": hugging_face_tokenizer(encoding),
         "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context, "clean_up_tokenization_spaces": False,
-                             "bos_token": text.END, "eos_token": text.END, "mask_token": text.MASK}}
-    for name, content in described.items():
-        write_atomically(folder / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=1))
+                             "bos_token": END, "eos_token": END, "mask_token": MASK}}
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, ignore_cleanup_errors=True) as work:  # renamed when it is whole
+        write_safetensors(Path(work) / "model.safetensors", decoder.state_dict())
+        for name, content in described.items():
+            write_atomically(Path(work) / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=1))
+        Path(work).chmod(0o755)
+        Path(work).rename(folder)
 
 
 # ---- cost --------------------------------------------------------------------------------------------------
@@ -311,18 +313,6 @@ def backbone_flops(config, rows, length):
 def lm_flops(config, rows, length):
     """Model FLOPs of a next-token training step: forward once, backward twice, the output layer included."""
     return 3 * (backbone_flops(config, rows, length) + 2 * rows * length * config.d_model * config.vocab_size)
-
-
-def matmul_peak(device):
-    """FLOP/s of a plain matrix product in the precision of training on this device, measured: the best of five."""
-    size, times = 8192 if device.type == "cuda" else 2048, []
-    with precision(device) as autocast:
-        a = torch.randn(size, size, device=device)
-        for _ in range(5):
-            started = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the device
-            times.append(time.perf_counter() - started)
-    return 2 * size ** 3 / min(times)
 
 
 # ---- where it runs -----------------------------------------------------------------------------------------
@@ -407,6 +397,19 @@ def table_of_sizes():
     return "\n".join(lines)
 
 
+def write_sample(decoder, encoding, args, device):
+    """Print the prompt and what the model makes of it, as it comes."""
+    end = encoding.encode_single_token(END)
+    ids = encoding.encode_ordinary(args.prompt) or [end]
+    pieces = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span two tokens
+    print(args.prompt, end="", flush=True)
+    with precision(device):
+        for token in generate(decoder.eval(), ids, args.tokens, args.temperature, args.top_k, end + 1,
+                              torch.Generator().manual_seed(args.seed), stop=end):
+            print(pieces.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+    print(pieces.decode(b"", final=True))
+
+
 def main():
     parser = Parser(description="Print the table of model sizes, or a sample from a trained run, or export it.")
     parser.add_argument("run", nargs="?", help="folder of a trained run, such as runs/11m-meta (default: print the sizes)")
@@ -418,7 +421,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best that is here)")
     args = parser.parse_args()
-    import data
     if args.run is None:
         return print(table_of_sizes())
     if args.tokens < 0 or args.top_k < 0 or args.seed < 0 or not 0 <= args.temperature < float("inf"):
@@ -428,24 +430,18 @@ def main():
     try:
         device = pick_device(args.device)
         decoder, _ = load_run(args.run, device)
-        encoding = data.load_encoding(args.run)
+        encoding = load_encoding(args.run)
         if args.export:
             export(decoder, encoding, args.export)
             print(f'written: {args.export}; next: transformers.AutoModelForCausalLM.from_pretrained("{args.export}")')
-            return
-    except (ValueError, data.DataError) as error:
+        else:
+            write_sample(decoder, encoding, args, device)
+    except (ValueError, DataError) as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"cannot write {error.filename} ({error.strerror})")
-    ids = encoding.encode_ordinary(args.prompt) or [encoding.encode_single_token(data.END)]
-    pieces = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span two tokens
-    print(args.prompt, end="", flush=True)
-    end = encoding.encode_single_token(data.END)
-    with precision(device):
-        for token in generate(decoder.eval(), ids, args.tokens, args.temperature, args.top_k, end + 1,
-                              torch.Generator().manual_seed(args.seed), stop=end):
-            print(pieces.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
-    print(pieces.decode(b"", final=True))
+        parser.error(f"cannot write {error.filename or args.export} ({error.strerror})")
+    except KeyboardInterrupt:
+        parser.exit(130)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def effective_ranks(matrices):
     matrix, in float64; those of one size are found in one call, so that a GPU is not waited for a hundred times."""
     grams, ranks = {}, [math.nan] * len(matrices)
     for i, matrix in enumerate(matrices):
-        matrix = matrix.detach().to(torch.float64 if matrix.device.type != "mps" else torch.float32)
+        matrix = (matrix.detach().cpu() if matrix.device.type == "mps" else matrix.detach()).double()  # MPS knows neither float64 nor eigvalsh
         gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
         grams.setdefault(len(gram), []).append((i, gram))
     for group in grams.values():
@@ -69,7 +69,7 @@ def measure(decoder, batch):
     """The figures of a probe line from validation windows batch (B, T+1): per layer, effective rank and
     proportional effective rank (over the number of singular values) of centred hidden states, weights, and gradients
     of the next-token loss; per layer and head, attention entropy in nats and over ln t, position 0 left out."""
-    layers, cos, sin = decoder.model.layers, decoder.model.cos, decoder.model.sin
+    layers = decoder.model.layers
     hidden, queries_keys, hooks = [], [], []
     for layer in layers:
         hooks.append(layer.register_forward_hook(lambda module, args, out: hidden.append(out.detach())))
@@ -387,7 +387,7 @@ def follow(folder, every=2.0):
         if log.exists() and log.stat().st_size != seen:
             seen = log.stat().st_size
             lines, _ = read_metrics(log)
-            over = bool(lines) and lines[-1]["step"] >= settings["steps"]
+            over = any("val_loss" in line and line["step"] >= settings["steps"] for line in lines)
             if windowed:
                 figure.clear()
                 draw_dynamics(figure, lines, settings)
@@ -406,7 +406,7 @@ def main():
     parser.add_argument("--live", action="store_true", help="a window that follows one running job")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for compare.png and compare.json (default: compare)")
     args = parser.parse_args()
-    from compare import compare, comparison_table, draw_comparison, group_runs  # which is made of this file's parts
+    from report import compare, comparison_table, draw_comparison, group_runs  # which is made of this file's parts
     try:
         if args.live:
             if len(args.runs) > 1:

@@ -2,9 +2,9 @@
 
     from text import documents, installed_docs, load_encoding, train_bpe
 
-Documents are (name, text) pairs, at most PIECE long: from the documentation on this disk, which needs no download (the
+Documents are (name, text) pairs: from the documentation on this disk, which needs no download (the
 docstrings of the Python standard library and of the packages in PACKAGES, read with `ast` and never imported), or from text
-and JSON-lines files, read in a stream that holds one document at a time. The tokenizer is a byte-level BPE learnt from
+and JSON-lines files, read in a stream that holds one document or line at a time. The tokenizer is a byte-level BPE learnt from
 them, or GPT-2's.
 """
 import ast
@@ -15,25 +15,29 @@ import gzip
 import hashlib
 import heapq
 import importlib.util
+import itertools
 import json
+import re
 import sys
 import sysconfig
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import regex  # tiktoken's own dependency; it understands the same \p{...} patterns
 import tiktoken
 from tqdm import tqdm
 
 PACKAGES = ["numpy", "torch", "matplotlib", "sympy", "networkx"]  # beside the standard library; torch brings the last two
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
-KINDS = (".txt", ".jsonl", ".jsonl.gz")
-PIECE = 16_384                # bytes: long texts are cut into documents of this length, at line ends
+KINDS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")  # the last is what Dolma calls its JSON lines
+PIECE = 16_384                # long files are cut into documents of this many bytes, and to the end of the line if that is near
 LONGEST_LINE = 64_000_000     # bytes of a JSON line
+SHARD_MAGIC = 20240520        # of llm.c's token files: 256 int32 (magic, version 1, tokens, ...), then uint16 ids
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's split into pre-tokens
 BPE_SAMPLE = 64_000_000       # characters of training text from which the tokenizer learns
-BPE_KINDS = 2_000_000         # kinds of pre-tokens it can hold: beyond, those seen once are dropped
+BPE_KINDS = 2_000_000         # kinds of pre-tokens it can hold: beyond, the rarer half is dropped
 END, MASK = "<|endoftext|>", "<|mask|>"
 
 
@@ -110,14 +114,14 @@ def text_files(paths):
 
 
 def documents(files, what, quiet=False):
-    """Yield (name, text) from files, holding one document at a time, at most PIECE of it; `what` stands on the progress
-    bar. Raises DataError naming file and place."""
-    with tqdm(total=sum(file.stat().st_size for file in files), desc=what, unit="B", unit_scale=True, disable=True if quiet else None) as bar:
+    """Yield (name, text) from files, holding one at a time; `what` stands on the progress bar. Raises DataError naming
+    file and place."""
+    with tqdm(total=sum(file.stat().st_size for file in files if file.exists()), desc=what, unit="B", unit_scale=True, disable=True if quiet else None) as bar:
         for file in files:
             done = bar.n
             try:
                 with open(file, "rb") as raw:
-                    for document in json_lines(file, raw) if file.name.endswith((".jsonl", ".jsonl.gz")) else plain_text(file, raw):
+                    for document in json_lines(file, raw) if file.name.endswith(KINDS[1:]) else plain_text(file, raw):
                         yield document
                         bar.update(done + raw.tell() - bar.n)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -129,7 +133,8 @@ def documents(files, what, quiet=False):
 def plain_text(file, raw):
     """(name, text) of the pieces of a UTF-8 file, open in binary as raw: cut at line ends, unless these are far."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
-    for i, block in enumerate(iter(lambda: raw.read(PIECE) + raw.readline(PIECE), None)):
+    for i in itertools.count():
+        block = raw.read(PIECE) + raw.readline(PIECE)
         try:
             pending = len(decoder.getstate()[0])  # bytes of a character that the last cut went through
             text = decoder.decode(block, final=not block)
@@ -162,6 +167,39 @@ def json_lines(file, raw):
                 yield f"{file.name}:{number}", text[at:at + PIECE]  # one name: the pieces stay on one side of the split
 
 
+def token_files(path):
+    """{"train": files, "val": files} if path names files of GPT-2 ids: one .bin file, or a folder of them as nanoGPT
+    (train.bin, val.bin) and llm.c (names with _train_ and _val_) make it; else {}. Raises DataError."""
+    path = Path(path)
+    files = sorted(path.glob("*.bin")) if path.is_dir() else [path] if path.suffix == ".bin" and path.is_file() else []
+    for own in ("meta.pkl", "tokenizer.tiktoken"):
+        if files and (files[0].parent / own).exists():
+            raise DataError(f"{path} has a vocabulary of its own ({own}): only GPT-2 ids can be read, or a whole folder that data.py --out made")
+    val = [file for file in files if re.search(r"(^|[_.-])val([_.-]|$)", file.name)]
+    if files and len(val) == len(files):
+        raise DataError(f"{path} holds token files for validation, but none to train on")
+    return {"train": [file for file in files if file not in val], "val": val} if files else {}
+
+
+def read_ids(file):
+    """A file of GPT-2 ids as a uint16 memory map, once its header and size are right. Raises DataError."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as raw:
+            start = raw.read(1024)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+    header = np.frombuffer(start, dtype="<i4") if size >= 1024 else [0]
+    at = 1024 if header[0] == SHARD_MAGIC else 0
+    if start.startswith(b"\x93NUMPY"):
+        raise DataError(f"{file} is an array saved by NumPy: write the bare ids (array.astype('uint16').tofile)")
+    if at and (header[1] != 1 or size != 1024 + 2 * int(header[2])):
+        raise DataError(f"{file} is of version {header[1]} and has {size - 1024} bytes of ids: its header must say version 1, and {header[2]} ids are {2 * int(header[2])} bytes")
+    if size % 2 or size == at:
+        raise DataError(f"{file} has {size} bytes: uint16 ids take two each, and there must be some")
+    return np.memmap(file, dtype="<u2", mode="r", offset=at)
+
+
 # ---- tokenizer ---------------------------------------------------------------------------------------------
 
 def count_words(stream):
@@ -172,7 +210,7 @@ def count_words(stream):
             counts.update(word for word in regex.findall(PATTERN, text) if len(word) <= 256)  # longer ones are no words
             size += len(text)
         if len(counts) > BPE_KINDS:
-            counts = Counter({word: count for word, count in counts.items() if count > 1})
+            counts = Counter(dict(counts.most_common(BPE_KINDS // 2)))
         if size >= BPE_SAMPLE:
             break
     return counts

@@ -27,7 +27,8 @@ import data
 import probe
 from checkpoint import load_checkpoint, lock_run, save_checkpoint, write_atomically
 from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
-from model import SIZES, Config, Decoder, Parser, generate, lm_flops, matmul_peak, pick_device, precision
+from model import SIZES, Config, Decoder, Parser, lm_flops, pick_device, precision
+from report import status, summary
 
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
 FLUSH_EVERY = 10  # updates between looks at the losses: on a GPU a look waits for the device
@@ -150,7 +151,7 @@ def open_run(args, settings):
     folder = Path(args.runs) / args.name
     config = folder / "config.json"
     if not config.exists():
-        if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"}:
+        if folder.exists() and [path for path in folder.iterdir() if path.name != ".lock" and path.suffix != ".tmp"]:
             raise ValueError(f"{folder} holds files but no run: choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,6 +171,8 @@ def open_run(args, settings):
     if old.get("corpus_sha256") != settings["corpus_sha256"]:
         raise ValueError(f"{folder} was trained on another text (its SHA-256 differs): choose another --name")
     if not any(folder.glob("ckpt*.pt")):
+        if any("kind" in line for line in probe.read_metrics(folder / "metrics.jsonl")[0]):
+            raise ValueError(f"the checkpoints of {folder} are gone, and it cannot be continued: choose another --name")
         return None, lock  # it was stopped before its first update
     checkpoint = load_checkpoint(folder)
     if checkpoint["step"] >= args.steps:
@@ -188,6 +191,15 @@ def in_words(device):
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def without_nan(value):
+    """A log line's value with None for what is not finite: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def open_log(path, last_step):
     """metrics.jsonl, opened to append, without a torn last line and lines after the checkpoint at last_step; and
     the lines that stay."""
@@ -198,8 +210,12 @@ def open_log(path, last_step):
 
 def train(args):
     """Run the job that args describes and return its exit code. Raises ValueError and DataError for what a user can mend."""
-    device = pick_device(args.device or (f"cuda:{LOCAL_RANK}" if WORLD > 1 and torch.cuda.is_available() else None))
+    if WORLD > 1 and args.device in (None, "cuda"):  # a GPU for each process; without GPUs a CPU, which gloo knows
+        args.device = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
+    device = pick_device(args.device)
     if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         if LOCAL_RANK > 0:
             dist.barrier()  # the first process of each machine prepares the text, the others find it in the cache
@@ -233,8 +249,11 @@ def train(args):
         "corpus": corpus.info["source"], "corpus_sha256": corpus.info["sha256"], "device_name": in_words(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     checkpoint, lock = open_run(args, settings)
-    if WORLD > 1:
-        dist.barrier()  # all have looked: from here the first process writes
+    if WORLD > 1:  # all have looked: from here the first process writes
+        seen = [None] * WORLD
+        dist.all_gather_object(seen, (corpus.info["sha256"], checkpoint["step"] if checkpoint else 0))
+        if len(set(seen)) > 1:
+            raise ValueError(f"the processes have different texts or checkpoints: put --runs {args.runs} and --data where all machines see them")
     folder = Path(args.runs) / args.name
     spent = {"step": 0, "lm_steps": 0, "tokens": 0, "flops": 0, "seconds": 0.0, "skipped": 0}
     if checkpoint:
@@ -300,8 +319,9 @@ def train(args):
         return {key: spent[key] for key in ("step", "tokens", "flops", "seconds")}
 
     def write(records):
+        records = [without_nan(record) for record in records]
         lines.extend(records)
-        text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
         while RANK == 0 and text:
             text = text[log.write(text):]
 
@@ -310,18 +330,18 @@ def train(args):
         nonlocal pending, skipped_in_a_row
         for line in pending:
             line.update((key, value.item()) for key, value in line.items() if isinstance(value, torch.Tensor))
-            not_finite = {key: None for key in ("loss", "grad_norm") if not math.isfinite(line[key])}  # null: JSON knows no NaN
-            skipped_in_a_row = skipped_in_a_row + 1 if not_finite else 0
-            if not_finite:
+            skipped = not math.isfinite(line["loss"] + line["grad_norm"])
+            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            if skipped:
                 spent["skipped"] += 1
-                line |= not_finite | {"skipped": spent["skipped"]}
+                line["skipped"] = spent["skipped"]
         elapsed = time.perf_counter() - mark[0]
         for i, line in enumerate(pending, 1):
             line |= {"seconds": spent["seconds"] + elapsed * i / len(pending), "tokens_per_second": (spent["tokens"] - mark[1]) / elapsed}
         spent["seconds"] += elapsed
         write(pending)
         bar.update(len(pending))
-        bar.set_postfix_str(status(lines), refresh=False)
+        bar.set_postfix_str(status(lines[-1000:]), refresh=False)
         pending = []
 
     def save():
@@ -338,8 +358,12 @@ def train(args):
         return asked.item() > 0
 
     stop = []  # the number of the signal that asked to stop, if one did
+    def ask_to_stop(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)  # asked twice: at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
+        signal.signal(number, ask_to_stop)
     looked = {kind: {line["step"] for line in lines if kind in line} for kind in ("val_loss", "head_entropy")}
     artist = probe.Artist(folder)
     bar = tqdm(total=args.steps, initial=spent["step"], desc=args.name, unit="step", disable=True if args.quiet or RANK else None)
@@ -365,7 +389,7 @@ def train(args):
     bar.close()
     if step == args.steps:
         if RANK == 0:
-            print(summary(folder, lines, settings, corpus, windows, decoder, device))
+            print(summary(folder, lines, settings, corpus, windows, decoder, device, WORLD))
         return 0
     if skipped_in_a_row >= PATIENCE:
         raise Diverged(f"the loss or its gradient was not finite in {PATIENCE} updates in a row, up to update {step}: stopped; {folder / 'ckpt.pt'} "
@@ -376,81 +400,24 @@ def train(args):
     return 128 + (stop or [signal.SIGTERM])[0]
 
 
-def status(lines):
-    """The bar's figures: the newest loss of each kind."""
-    newest = {}
-    for line in lines:
-        newest |= {f"{line.get('kind')} {key}": value for key, value in line.items() if value is not None}
-    parts = [f"loss {newest['lm loss']:.2f}" if "lm loss" in newest else "", f"val {newest['None val_loss']:.2f}" if "None val_loss" in newest else ""]
-    if "meta query_accuracy" in newest:
-        parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
-    parts += [f"{value} skipped" for key, value in newest.items() if key.endswith(" skipped")][-1:]
-    return ", ".join(filter(None, parts)) + f", {lines[-1].get('tokens_per_second', 0):,.0f} tok/s"
-
-
-def summary(folder, lines, settings, corpus, windows, decoder, device):
-    """The report at the end of a run, a string: what was reached, what it cost, a sample, and what to do next."""
-    evaluations = [line for line in lines if "val_loss" in line]
-    first, final = evaluations[0], evaluations[-1]
-    baselines = data.ngram_baselines(corpus.train, windows, corpus.vocab_size)
-    rows = ["", f"validation loss {final['val_loss']:.3f} nats per token ({final['bits_per_byte']:.3f} bits per byte); "
-                f"unigram {baselines['unigram']:.3f}, smoothed bigram {baselines['bigram']:.3f}"]
-    head = "fewshot_after_new" in final
-    if "fewshot_chance" in final:
-        rows += [f"few-shot accuracy on held-out words, {settings['n_way']}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
-        error = {"prototype": "fewshot_stderr", "after": "fewshot_after_stderr"}
-        for key, words in (("prototype", "nearest prototype"), ("before", "meta head before adapting"), ("after", "meta head after adapting")):
-            if f"fewshot_{key}" in final:
-                spread = f" +- {final[error[key]]:.1%}" if key in error else ""
-                rows.append(f"  {words:<26} {final[f'fewshot_{key}']:6.1%}{spread}   (untrained {first[f'fewshot_{key}']:.1%})")
-        rows.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   (prototypes are asked only what it cannot answer"
-                    + (f"; there the head has {final['fewshot_after_new']:.1%})" if head else ")"))
-    else:
-        rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {settings['n_way']}-way episodes")
-    skipped = max((line.get("skipped", 0) for line in lines), default=0)
-    if skipped:
-        rows.append(f"{skipped} updates were skipped: their loss or gradient was not finite")
-    achieved, peak = final["flops"] / max(final["seconds"], 1e-9), matmul_peak(device) * (WORLD if device.type == "cuda" else 1)
-    rows += [f"cost: {final['tokens']:,} tokens, {final['flops']:.3g} model FLOPs, {final['seconds'] / 60:.1f} minutes of training"
-             f" on {settings['device_name']}" + peak_memory(device),
-             f"model FLOPs utilisation {achieved / peak:.0%}: {achieved / 1e9:,.0f} of the {peak / 1e9:,.0f} GFLOP/s of a plain matrix product here",
-             f"sample: {sample(decoder, corpus, device)}",
-             f"files in {folder}: config.json, metrics.jsonl, ckpt.pt, dynamics.png",
-             f'next: python model.py {folder} --prompt "Returns the"   or   python probe.py {folder}']
-    return "\n".join(rows)
-
-
-def sample(decoder, corpus, device, prompt="Returns the"):
-    end = corpus.encoding.encode_single_token(data.END)
-    with precision(device):
-        ids = list(generate(decoder, corpus.encoding.encode_ordinary(prompt), 40, n_ids=end, generator=torch.Generator().manual_seed(0)))
-    return repr(prompt + corpus.encoding.decode(ids))
-
-
-def peak_memory(device):
-    if device.type == "cuda":
-        return f", peak {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB on the device"
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.1f} GiB"
-
-
 def main():
     args, parser = parse()
+    stop = parser.exit if RANK == 0 else lambda code, message: sys.exit(code)  # one process speaks for all
     try:
         sys.exit(train(args))
     except (ValueError, data.DataError) as error:
-        parser.error(str(error))
+        stop(2, f"{parser.prog}: error: {error}\n")
     except Diverged as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        stop(1, f"{parser.prog}: {error}\n")
     except OSError as error:
-        parser.exit(1, f"{parser.prog}: error: {error.filename or Path(args.runs) / args.name} could not be written ({error.strerror}): what was "
-                       "saved before is whole; make room, then the same command with --resume\n")
+        stop(1, f"{parser.prog}: error: {error.filename or Path(args.runs) / args.name}: {error.strerror}. What was saved before is whole: make room "
+                "or mend the cause, then the same command with --resume\n")
     except KeyboardInterrupt:
-        parser.exit(130, "stopped before the first update\n")
+        stop(130, "stopped at once; what was saved before is whole, and --resume continues it\n")
+    except RuntimeError as error:
+        if WORLD == 1 or RANK == 0:
+            raise
+        parser.exit(1, f"process {RANK} of {WORLD} lost the others ({str(error).splitlines()[0][:80]})\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

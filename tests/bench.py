@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import probe  # noqa: E402
-import train  # noqa: E402
+import report  # noqa: E402
 from meta import HIDDEN, MetaHead, meta_flops, meta_loss  # noqa: E402
 from model import SIZES, Config, Decoder, backbone_flops, lm_flops, pick_device, precision  # noqa: E402
 
@@ -59,7 +59,7 @@ def one_step(size, length):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    print(f"{size:>6} {length:>8} {2048 / min(times[1:]):>10,.0f}{train.peak_memory(device).removeprefix(', peak'):>24}", flush=True)
+    print(f"{size:>6} {length:>8} {2048 / min(times[1:]):>10,.0f}{report.peak_memory(device).removeprefix(', peak'):>24}", flush=True)
 
 
 def one_text(megabytes):
@@ -71,7 +71,7 @@ def one_text(megabytes):
         corpus = data.load(path, cache=Path(folder) / "cache", quiet=True)
         took = time.perf_counter() - started
     print(f"{megabytes:>6,} {took:>8.1f} {megabytes / took:>10.2f} {(len(corpus.train) + len(corpus.val)) / took:>12,.0f}"
-          f"{train.peak_memory(torch.device('cpu')).removeprefix(', peak'):>24}", flush=True)
+          f"{report.peak_memory(torch.device('cpu')).removeprefix(', peak'):>24}", flush=True)
 
 
 def grow(script):
@@ -205,7 +205,7 @@ def main():
         sampler = data.EpisodeSampler(corpus, WAY, SHOT, QUERY, ROW)
         print(f"drawing an episode: {seconds(lambda: sampler.draw(0, 0), 20) / took['meta step, inner head']:.1%} of a meta step; "
               f"drawing a batch: {seconds(lambda: data.lm_batch(corpus.train, 0, BATCH, LENGTH, 0), 20) / took['next-token step']:.1%} of a next-token step")
-    print(train.peak_memory(device).removeprefix(", "))
+    print(report.peak_memory(device).removeprefix(", "))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import text  # noqa: E402
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ["MPLBACKEND"] = "agg"
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "matplotlib.figure", "matplotlib.backends.backend_agg", "ner", "meta", "compare"])
+processes.set_forkserver_preload(["torch", "matplotlib.figure", "matplotlib.backends.backend_agg", "ner", "meta", "report"])
 
 
 def toy_text(sentences=9000, seed=0):

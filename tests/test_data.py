@@ -238,6 +238,7 @@ def test_token_files_of_nanogpt_and_llm_c_are_the_same_corpus(tmp_path, gpt2, mo
     assert len({corpus.info["sha256"] for corpus in loaded.values()}) == 1
     one = data.load(tmp_path / "one" / "all.bin", cache=tmp_path / "cache", quiet=True)
     assert one.train.tolist() == train[:6570].tolist() and one.val.tolist() == train[6570:].tolist()  # the last tenth
+    assert "8,200 tokens" in data.show(loaded["nano"])
 
 
 def test_prepared_once_is_the_corpus_itself(script, corpus, text_file, tmp_path):
@@ -253,6 +254,13 @@ def test_prepared_once_is_the_corpus_itself(script, corpus, text_file, tmp_path)
     bad.tofile(tmp_path / "ready" / "val.bin")
     with pytest.raises(data.DataError, match="id 60000"):
         data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
+
+
+def test_a_text_of_one_piece_can_be_shown(tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt"):  # some of them are validation text, all of it
+        (tmp_path / name).write_text(f"A few words in {name}. " * 200)
+        shown = data.show(data.load(tmp_path / name, vocab_size=300, cache=tmp_path / "cache", quiet=True))
+        assert "1 documents" in shown and "no episode: the text has 0 words" in shown
 
 
 def test_show_tells_what_a_corpus_holds(corpus, text_file):

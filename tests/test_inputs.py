@@ -89,7 +89,9 @@ FLAGS = {  # of train.py
     "characters of nanoGPT": (["--data", "chars"], "meta.pkl"),
     "only validation ids": (["--data", "half"], "none to train on"),
     "prepared text cut short": (["--data", "cut"], "not whole"),
-    "GPT-2 ids in a small vocabulary": (["--data", "ids.bin"], "too small"),
+    "GPT-2 ids in a small vocabulary": (["--data", "ids.bin"], "50258"),
+    "characters of nanoGPT, the file": (["--data", "chars/train.bin"], "meta.pkl"),
+    "tokens of a prepared folder": (["--data", "cut/train.bin"], "tokenizer.tiktoken"),
 }
 
 COMMANDS = {  # of the other scripts
@@ -109,7 +111,7 @@ COMMANDS = {  # of the other scripts
     "data: nothing to do": (data, [], "nothing to do"),
     "data: over something": (data, ["short.txt", "--out", "folder-with-file"], "already"),
     "data: missing": (data, ["nowhere", "--out", "new"], "no such file"),
-    "data: vocabulary": (data, ["short.txt", "--out", "new", "--vocab-size", "99"], "too small"),
+    "data: vocabulary": (data, ["short.txt", "--out", "new", "--vocab-size", "99"], "260"),
     "data: two shown": (data, ["short.txt", "plain.txt", "--show"], "--out"),
 }
 
@@ -143,7 +145,7 @@ def refuse(module, flags, message, folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_bad_file(case, tmp_path):
+def test_bad_file(case, tmp_path, gpt2):
     name, content, message = FILES[case]
     path = tmp_path / name
     if content is not None:
@@ -188,6 +190,9 @@ def test_a_huge_line_is_read_in_pieces(tmp_path):
         total, longest = total + len(piece), max(longest, len(piece))
     assert total == 100_000_000 and longest <= 2 * text.PIECE
     assert text.count_words(text.documents([path], "reading", quiet=True)) == {}
+    path.write_bytes(letters[:3_000_000])
+    corpus = data.load(path, vocab_size=300, cache=tmp_path / "cache", quiet=True)
+    assert (len(corpus.train) + len(corpus.val)) >= 3_000_000  # letter by letter
 
 
 def test_a_json_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):

@@ -155,6 +155,11 @@ def known_rows(shuffled):
     return meta.FewShotRows(ids, words, np.arange(len(words)))
 
 
+def test_fewshot_accuracy_of_too_few_words_is_left_out(tiny):
+    rows = meta.FewShotRows(torch.zeros((0, 8), dtype=torch.int64), np.zeros(0, dtype=int), np.zeros(0, dtype=int))
+    assert meta.evaluate_fewshot(tiny.model, None, rows, 4, 2, torch.device("cpu")) == {}
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_fewshot_accuracy_is_perfect_or_chance(shuffled):
     """States that tell the word give accuracy 1 in every reading; the same states under shuffled labels give chance."""

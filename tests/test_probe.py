@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import compare
 import probe
+import report
 from model import Config, Decoder
 
 
@@ -123,8 +123,8 @@ def synthetic_run(name, speed, seed=0, corpus="a", flops_per_step=10):
 
 
 def test_sooner_by_recovers_a_known_ratio():
-    groups = compare.group_runs([synthetic_run("v", 1), synthetic_run("m", 1.6, flops_per_step=20)])
-    entry = compare.compare(groups)["sooner_by"]["m"]
+    groups = report.group_runs([synthetic_run("v", 1), synthetic_run("m", 1.6, flops_per_step=20)])
+    entry = report.compare(groups)["sooner_by"]["m"]
     assert entry["step"]["mean"][-1] == pytest.approx(1.6, rel=0.01) and entry["tokens"]["mean"][-1] == pytest.approx(1.6, rel=0.01)
     assert entry["flops"]["mean"][-1] == pytest.approx(0.8, rel=0.01)
     assert entry["papers_reading"]["mean"][0] == pytest.approx(1.6, rel=0.1)
@@ -132,22 +132,22 @@ def test_sooner_by_recovers_a_known_ratio():
 
 def test_seeds_are_grouped_and_spread_is_over_them():
     runs = [synthetic_run("v", 1), synthetic_run("v-s1", 1, seed=1), synthetic_run("m", 1.5), synthetic_run("m-s1", 1.7, seed=1)]
-    groups = compare.group_runs(runs)
+    groups = report.group_runs(runs)
     assert {label: len(members) for label, members in groups.items()} == {"v": 2, "m": 2}
-    entry = compare.compare(groups)["sooner_by"]["m"]
+    entry = report.compare(groups)["sooner_by"]["m"]
     assert entry["step"]["mean"][-1] == pytest.approx(1.6, rel=0.02) and entry["step"]["sd"][-1] == pytest.approx(0.2 / math.sqrt(2), rel=0.1)
 
 
 def test_a_loss_never_reached_is_not_extrapolated():
     costs, losses = np.array([0.0, 10, 20]), np.array([5.0, 3, 2])
-    assert compare.first_reach(costs, losses, 4) == 5 and compare.first_reach(costs, losses, 2.5) == 15
-    assert math.isnan(compare.first_reach(costs, losses, 1.9)) and math.isnan(compare.first_reach(costs, losses, 6))
-    ratios = compare.sooner_by([(costs, losses)], [(costs, losses - 1)], [2.5, 1.5])
+    assert report.first_reach(costs, losses, 4) == 5 and report.first_reach(costs, losses, 2.5) == 15
+    assert math.isnan(report.first_reach(costs, losses, 1.9)) and math.isnan(report.first_reach(costs, losses, 6))
+    ratios = report.sooner_by([(costs, losses)], [(costs, losses - 1)], [2.5, 1.5])
     assert ratios["mean"][0] == pytest.approx(15 / 7.5) and ratios["mean"][1] is None and ratios["sd"] is None
 
 
 def test_different_corpora_are_compared_in_bits_per_byte():
-    result = compare.compare(compare.group_runs([synthetic_run("v", 1), synthetic_run("m", 2, corpus="b")]))
+    result = report.compare(report.group_runs([synthetic_run("v", 1), synthetic_run("m", 2, corpus="b")]))
     assert result["loss"] == "bits_per_byte" and result["groups"]["v"]["bits_per_byte"]["mean"] == pytest.approx((10 - math.log(1001)) / 4)
 
 

@@ -184,6 +184,8 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(monkeypatch,
     assert updates[2]["loss"] is None and "NaN" not in text and "Infinity" not in text
     state = checkpoint.load_checkpoint(tmp_path / "runs" / "bad")
     assert state["spent"]["skipped"] == 3 and all(tensor.isfinite().all() for tensor in state["model"].values())
+    for moments in state["optimizer"]["state"].values():
+        assert moments["step"] == 6 and moments["exp_avg"].isfinite().all()
 
 
 def test_ten_in_a_row_stop_the_run_and_keep_the_last_checkpoint(monkeypatch, tmp_path, cache, text_file):
@@ -210,7 +212,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(script, tmp_path, monk
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
-    assert stopped.value.code == 1 and error.count("\n") == 1 and "could not be written" in error and "--resume" in error
+    assert stopped.value.code == 1 and error.count("\n") == 1 and "file too large" in error.lower() and "--resume" in error
     assert (folder / "ckpt.pt").read_bytes() == before["ckpt.pt"] and (folder / "metrics.jsonl").read_bytes().startswith(before["metrics.jsonl"])
     assert not list(folder.glob("*.tmp")) and checkpoint.load_checkpoint(folder)["step"] == 3
 
@@ -260,7 +262,7 @@ def test_saving_may_fail_at_each_call_to_the_system(call, tmp_path, monkeypatch)
                 checkpoint.save_checkpoint(folder, {"step": 3, "w": torch.ones(10)})
             except OSError:
                 pass
-        assert checkpoint.load_checkpoint(folder)["step"] in (1, 2, 3) and (call != "fsync" or good or checkpoint.load_checkpoint(folder)["step"] == 2)
+        assert checkpoint.load_checkpoint(folder)["step"] in (2, 3)
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):

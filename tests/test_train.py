@@ -88,6 +88,10 @@ def test_another_configuration_in_the_folder_is_refused(script, tmp_path):
     assert script("train.py", "--steps", 2, "--name", "notes").returncode == 2
     more = script("train.py", "--steps", 4, "--name", "mine", "--resume")
     assert more.returncode == 0 and read(tmp_path / "runs" / "mine")[-1]["step"] == 4
+    for path in (tmp_path / "runs" / "mine").glob("ckpt*.pt"):
+        path.unlink()
+    done = script("train.py", "--steps", 4, "--name", "mine", "--resume")
+    assert done.returncode == 2 and "gone" in done.stderr and read(tmp_path / "runs" / "mine")[-1]["step"] == 4
 
 
 def test_comparison_and_pictures_from_the_command_line(script, tmp_path):

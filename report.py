@@ -1,16 +1,100 @@
-"""Comparison of runs at equal cost; `python probe.py RUN RUN ...` is its command.
+"""What a run came to, and several at equal cost.
 
-    from compare import compare, comparison_table, group_runs
+    from report import compare, comparison_table, group_runs, summary    # python probe.py RUN RUN ... compares
 
-The same held-out next-token loss against updates, tokens, FLOPs and seconds; how much sooner one group of runs gets there
-than another; the paper's own reading beside it; few-shot accuracy, rank and entropy.
+The comparison: the same held-out next-token loss against updates, tokens, FLOPs and seconds; how much sooner one group of
+runs gets there than another; the paper's own reading beside it; few-shot accuracy, rank and entropy.
 """
 import json
 import math
+import sys
+import time
 
 import numpy as np
+import torch
 
+import data
+from model import generate, precision
 from probe import COLOURS, CURVES, panel, series
+
+# ---- one run -----------------------------------------------------------------------------------------------
+
+def status(lines):
+    """The bar's figures: the newest loss of each kind."""
+    newest = {}
+    for line in lines:
+        newest |= {f"{line.get('kind')} {key}": value for key, value in line.items() if value is not None}
+    parts = [f"loss {newest['lm loss']:.2f}" if "lm loss" in newest else "", f"val {newest['None val_loss']:.2f}" if "None val_loss" in newest else ""]
+    if "meta query_accuracy" in newest:
+        parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
+    parts += [f"{value} skipped" for key, value in newest.items() if key.endswith(" skipped")][-1:]
+    return ", ".join(filter(None, parts)) + f", {lines[-1].get('tokens_per_second', 0):,.0f} tok/s"
+
+
+def summary(folder, lines, settings, corpus, windows, decoder, device, processes=1):
+    """The report at the end of a run, a string: what was reached, what it cost, a sample, and what to do next."""
+    evaluations = [line for line in lines if "val_loss" in line]
+    first, final = evaluations[0], evaluations[-1]
+    baselines = data.ngram_baselines(corpus.train, windows, corpus.vocab_size)
+    rows = ["", f"validation loss {final['val_loss']:.3f} nats per token ({final['bits_per_byte']:.3f} bits per byte); "
+                f"unigram {baselines['unigram']:.3f}, smoothed bigram {baselines['bigram']:.3f}"]
+    head = "fewshot_after_new" in final
+    if "fewshot_chance" in final:
+        rows += [f"few-shot accuracy on held-out words, {settings['n_way']}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
+        error = {"prototype": "fewshot_stderr", "after": "fewshot_after_stderr"}
+        for key, words in (("prototype", "nearest prototype"), ("before", "meta head before adapting"), ("after", "meta head after adapting")):
+            if f"fewshot_{key}" in final:
+                spread = f" +- {final[error[key]]:.1%}" if key in error else ""
+                rows.append(f"  {words:<26} {final[f'fewshot_{key}']:6.1%}{spread}   (untrained {first[f'fewshot_{key}']:.1%})")
+        rows.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   (prototypes are asked only what it cannot answer"
+                    + (f"; there the head has {final['fewshot_after_new']:.1%})" if head else ")"))
+    else:
+        rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {settings['n_way']}-way episodes")
+    skipped = max((line.get("skipped", 0) for line in lines), default=0)
+    if skipped:
+        rows.append(f"{skipped} updates were skipped: their loss or gradient was not finite")
+    achieved, peak = final["flops"] / max(final["seconds"], 1e-9), processes * matmul_peak(device)
+    rows += [f"cost: {final['tokens']:,} tokens, {final['flops']:.3g} model FLOPs, {final['seconds'] / 60:.1f} minutes of training"
+             f" on {settings['device_name']}" + peak_memory(device),
+             f"model FLOPs utilisation {achieved / peak:.0%}: {achieved / 1e9:,.0f} of the {peak / 1e9:,.0f} GFLOP/s of a plain matrix product here",
+             f"sample: {sample(decoder, corpus, device)}",
+             f"files in {folder}: config.json, metrics.jsonl, ckpt.pt, dynamics.png",
+             f'next: python model.py {folder} --prompt "Returns the"   or   python probe.py {folder}']
+    return "\n".join(rows)
+
+
+def sample(decoder, corpus, device, prompt="Returns the"):
+    end = corpus.encoding.encode_single_token(data.END)
+    with precision(device):
+        ids = list(generate(decoder, corpus.encoding.encode_ordinary(prompt), 40, n_ids=end, generator=torch.Generator().manual_seed(0)))
+    return repr(prompt + corpus.encoding.decode(ids))
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return f", peak {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB on the device"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.1f} GiB"
+
+
+def matmul_peak(device):
+    """FLOP/s of a plain matrix product in the precision of training on this device, measured: the best of five."""
+    size, times = 8192 if device.type == "cuda" else 2048, []
+    with precision(device):
+        a = torch.randn(size, size, device=device)
+        a = (a @ a) / size  # in the precision of a product
+        for _ in range(5):
+            started = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - started)
+    return 2 * size ** 3 / min(times)
+
+
+# ---- several runs ------------------------------------------------------------------------------------------
 
 COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs", "seconds": "seconds of training"}
 FEWSHOT = {"fewshot_prototype": "prototype", "fewshot_before": "head before", "fewshot_after": "head after"}
