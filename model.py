@@ -108,11 +108,11 @@ class Attention(nn.Module):
 def attend(q, k, v, causal):
     """Attention of queries (B, n_head, T, head_dim) over keys and values (B, n_kv_head, T, head_dim). In bf16 on a CPU it
     pays to write it out, in pieces whose scores fit the cache: the backbone's forward and backward pass took 0.11 s for
-    8 x 128 tokens and 0.85 for 8 x 512, with scaled_dot_product_attention 0.27 and 1.32 (11m, two cores). The backward pass
-    needs each layer's (B, n_head, T, T) attention, so only while that is small."""
+    8 x 128 tokens and 0.85 for 8 x 512, with scaled_dot_product_attention 0.27 and 1.32, but from 1024 on it is no faster (11m,
+    two cores). The backward pass needs each layer's (B, n_head, T, T) attention, so only while that is small."""
     B, heads, T, head_dim = q.shape
     score_bytes = 2 * heads * T * T  # of one sequence
-    if not causal or q.device.type != "cpu" or q.dtype != torch.bfloat16 or B * score_bytes > 2 * CPU_BLOCK:
+    if not causal or q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > 512 or B * score_bytes > 4 * CPU_BLOCK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     group = heads // k.shape[1]  # the queries that share a key stand under each other: one product for all
     future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).repeat(group, 1)
