@@ -70,8 +70,8 @@ def one_text(megabytes):
         started = time.perf_counter()
         corpus = data.load(path, cache=Path(folder) / "cache", quiet=True)
         took = time.perf_counter() - started
-    print(f"{megabytes:>6,} {took:>8.1f} {megabytes / took:>10.2f} {(len(corpus.train) + len(corpus.val)) / took:>12,.0f}"
-          f"{report.peak_memory(torch.device('cpu')).removeprefix(', peak'):>24}", flush=True)
+        print(f"{megabytes:>6,} {took:>8.1f} {megabytes / took:>10.2f} {(len(corpus.train) + len(corpus.val)) / took:>12,.0f}"
+              f"{report.peak_memory(torch.device('cpu')).removeprefix(', peak'):>24}", flush=True)
 
 
 def grow(script):
