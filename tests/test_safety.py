@@ -127,8 +127,8 @@ def test_two_first_runs_share_the_cache(start, tmp_path, text_file):
 
 
 def test_two_processes_train_as_one_does(start, script, tmp_path):
-    """By gloo, and each the other's checkpoint. Sums in another order: losses agree to 1e-3 nats over 16 updates in bf16."""
-    flags = ("--meta", "--meta-start", 0, "--steps", 16, "--eval-every", 8, "--probe-every", 99, "--grad-accum", 2)
+    """By gloo, and each the other's checkpoint. Sums in another order: losses agree to 1e-3 nats over 12 updates in bf16."""
+    flags = ("--meta", "--meta-start", 0, "--steps", 12, "--eval-every", 12, "--probe-every", 99, "--grad-accum", 2)
     assert script("train.py", *flags, "--name", "one").returncode == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -143,8 +143,8 @@ def test_two_processes_train_as_one_does(start, script, tmp_path):
         assert a["tokens"] == b["tokens"] and a["flops"] == b["flops"]
         for key in {"loss", "val_loss"} & a.keys():
             assert a[key] == pytest.approx(b[key], abs=1e-3), (a["step"], key)
-    more = script("train.py", *flags, "--name", "two", "--steps", 18, "--resume")  # by one process
-    assert more.returncode == 0 and read(tmp_path / "runs" / "two")[-1]["step"] == 18, more.stderr
+    more = script("train.py", *flags, "--name", "two", "--steps", 13, "--resume")  # by one process
+    assert more.returncode == 0 and read(tmp_path / "runs" / "two")[-1]["step"] == 13, more.stderr
 
 
 def train_here(monkeypatch, tmp_path, cache, text_file, *flags, main=False):

@@ -95,7 +95,7 @@ def test_another_configuration_in_the_folder_is_refused(script, tmp_path):
 
 
 def test_comparison_and_pictures_from_the_command_line(script, tmp_path):
-    flags = ["--steps", 30, "--eval-every", 10, "--probe-every", 10]
+    flags = ["--steps", 20, "--eval-every", 20, "--probe-every", 5]
     assert script("train.py", *flags).returncode == 0 and script("train.py", *flags, "--meta").returncode == 0
     done = script("probe.py", "runs/11m-vanilla", "runs/11m-meta")
     assert done.returncode == 0, done.stderr
