@@ -102,6 +102,8 @@ def text_files(paths):
             if not found:
                 raise DataError(f"no {' or '.join(KINDS)} file in the folder {path}: put text files there, or name one file")
             inside = [file for file in found if file.resolve().is_relative_to(path.resolve())]
+            if not inside:  # an empty list would stand for the installed documentation
+                raise DataError(f"all text files in {path} are links out of it: name the folder that they lead to")
             outside += len(found) - len(inside)
             files += inside
         elif path.is_file():

@@ -368,6 +368,8 @@ def train(args):
     artist = probe.Artist(folder)
     bar = tqdm(total=args.steps, initial=spent["step"], desc=args.name, unit="step", disable=True if args.quiet or RANK else None)
     skipped_in_a_row = 0
+    what_to_try = (f": stopped; {folder / 'ckpt.pt'} is from before. Try a lower --lr (it is {args.lr:g}), a lower --inner-lr, "
+                   "or a longer --warmup, with another --name")
     while True:
         step = spent["step"]
         if RANK == 0 and is_probe(step) and step not in looked["head_entropy"]:
@@ -376,6 +378,8 @@ def train(args):
         if RANK == 0 and is_evaluation(step) and step not in looked["val_loss"]:
             with autocast:
                 write([costs() | evaluate(decoder, head, corpus, windows, fewshot, args, device)])
+            if lines[-1]["val_loss"] is None:  # the weights are of no use: the checkpoint of before stays
+                raise Diverged(f"the validation loss was not finite after update {step}{what_to_try}")
             save()
             if step:
                 artist.draw(lines, settings, last=step == args.steps)
@@ -392,8 +396,7 @@ def train(args):
             print(summary(folder, lines, settings, corpus, windows, decoder, device, WORLD))
         return 0
     if skipped_in_a_row >= PATIENCE:
-        raise Diverged(f"the loss or its gradient was not finite in {PATIENCE} updates in a row, up to update {step}: stopped; {folder / 'ckpt.pt'} "
-                       f"is from before. Try a lower --lr (it is {args.lr:g}), a lower --inner-lr, or a longer --warmup, with another --name")
+        raise Diverged(f"the loss or its gradient was not finite in {PATIENCE} updates in a row, up to update {step}{what_to_try}")
     save()
     if RANK == 0:
         print(f"stopped after {step} of {args.steps} updates, saved; to continue: the same command with --resume", file=sys.stderr)

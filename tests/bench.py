@@ -197,8 +197,8 @@ def main():
     def one_probe():
         with autocast:
             probe.measure(decoder, batch[:4, :129])
-    print(f"a probe: {seconds(one_probe, 3) / took['next-token step']:.1f} next-token steps' time; every 100 updates, "
-          f"{seconds(one_probe, 3) / took['next-token step'] / 100:.1%} of them")
+    steps = seconds(one_probe, 3) / took["next-token step"]
+    print(f"a probe: {steps:.1f} next-token steps' time; every 100 updates, {steps / 100:.1%} of them")
     with tempfile.TemporaryDirectory() as folder:
         made_up_text(Path(folder) / "text.txt", 2)
         corpus = data.load(Path(folder) / "text.txt", vocab_size=8192, cache=Path(folder) / "cache", quiet=True)

@@ -176,6 +176,9 @@ def test_links_out_of_the_folder_are_left_out_and_said(tmp_path, capsys):
     (tmp_path / "mine" / "loop").symlink_to(tmp_path / "mine")
     assert [file.name for file in text.text_files([tmp_path / "mine"])] == ["a.txt"]
     assert "1 links out of the folder" in capsys.readouterr().err
+    (tmp_path / "mine" / "a.txt").unlink()
+    with pytest.raises(data.DataError, match="links out of it"):  # and not the installed documentation instead
+        data.load(tmp_path / "mine", vocab_size=300, cache=tmp_path / "cache", quiet=True)
 
 
 def test_a_huge_line_is_read_in_pieces(tmp_path):

@@ -168,12 +168,14 @@ def test_export_holds_the_weights_and_tokens_of_the_run(corpus, tmp_path):
     tokenizer = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
     vocab, letters = tokenizer["model"]["vocab"], text.byte_letters()
     merges = {tuple(pair): i for i, pair in enumerate(tokenizer["model"]["merges"])}
+    assert tokenizer["model"]["ignore_merges"] is True and tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == text.PATTERN
     assert letters[ord(" ")] == "Ġ" and letters[ord("\n")] == "Ċ" and letters[ord("a")] == "a" and len(set(letters)) == 256
     rng = random.Random(0)
     words = regex.findall(text.PATTERN, toy_text(300) + " naïve 日本語 🙂 x" + "".join(rng.choice("abdeiou kt'1 \n") for _ in range(3000)))
     for word in set(words):
         pieces = [letters[byte] for byte in word.encode()]
-        tokens = [vocab["".join(pieces)]] if "".join(pieces) in vocab else [vocab[piece] for piece in merge_by_list(pieces, merges)]
+        whole = tokenizer["model"]["ignore_merges"] and "".join(pieces) in vocab
+        tokens = [vocab["".join(pieces)]] if whole else [vocab[piece] for piece in merge_by_list(pieces, merges)]
         assert tokens == corpus.encoding.encode_ordinary(word), word
     assert {token["content"]: token["id"] for token in tokenizer["added_tokens"]} == {text.END: corpus.encoding.n_vocab - 2, text.MASK: corpus.mask_id}
 

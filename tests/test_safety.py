@@ -197,6 +197,15 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_checkpoint(monkeypatch, tmp
     assert read(tmp_path / "runs" / "bad")[-1]["step"] <= 25
 
 
+def test_weights_that_give_no_finite_validation_loss_are_not_saved(monkeypatch, tmp_path, cache, text_file):
+    original, calls = train.evaluate, []
+    monkeypatch.setattr(train, "evaluate", lambda *args: original(*args) | (calls.append(args) or {} if not calls else {"val_loss": float("nan")}))
+    with pytest.raises(train.Diverged, match="validation loss.*--lr"):
+        train_here(monkeypatch, tmp_path, cache, text_file, "--steps", 2, "--name", "bad")
+    state = checkpoint.load_checkpoint(tmp_path / "runs" / "bad")
+    assert state["step"] == 0 and read(tmp_path / "runs" / "bad")[-1]["val_loss"] is None
+
+
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(script, tmp_path, monkeypatch, cache, text_file, capsys):
     """A limit on the size of files stands for the disk: a checkpoint does not fit any more."""
     folder = tmp_path / "runs" / "full"
