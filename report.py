@@ -7,6 +7,7 @@ runs gets there than another; the paper's own reading beside it; few-shot accura
 """
 import json
 import math
+import platform
 import sys
 import time
 
@@ -25,8 +26,8 @@ def status(lines):
     for line in lines:
         newest |= {f"{line.get('kind')} {key}": value for key, value in line.items() if value is not None}
     parts = [f"loss {newest['lm loss']:.2f}" if "lm loss" in newest else "", f"val {newest['None val_loss']:.2f}" if "None val_loss" in newest else ""]
-    if "meta query_accuracy" in newest:
-        parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
+    parts += [f"query {newest[f'{kind} query_accuracy']:.0%} (chance {newest[f'{kind} chance']:.0%})" for kind in ("meta", "lm")
+              if f"{kind} query_accuracy" in newest]
     parts += [f"{value} skipped" for key, value in newest.items() if key.endswith(" skipped")][-1:]
     return ", ".join(filter(None, parts)) + f", {lines[-1].get('tokens_per_second', 0):,.0f} tok/s"
 
@@ -40,7 +41,7 @@ def summary(folder, lines, settings, corpus, windows, decoder, device, processes
                 f"unigram {baselines['unigram']:.3f}, smoothed bigram {baselines['bigram']:.3f}"]
     head = "fewshot_after_new" in final
     if "fewshot_chance" in final:
-        rows += [f"few-shot accuracy on held-out words, {settings['n_way']}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
+        rows += [f"few-shot accuracy on held-out words, {1 / final['fewshot_chance']:.0f}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
         error = {"prototype": "fewshot_stderr", "after": "fewshot_after_stderr"}
         for key, words in (("prototype", "nearest prototype"), ("before", "meta head before adapting"), ("after", "meta head after adapting")):
             if f"fewshot_{key}" in final:
@@ -68,6 +69,13 @@ def sample(decoder, corpus, device, prompt="Returns the"):
     with precision(device):
         ids = list(generate(decoder, corpus.encoding.encode_ordinary(prompt), 40, n_ids=end, generator=torch.Generator().manual_seed(0)))
     return repr(prompt + corpus.encoding.decode(ids))
+
+
+def in_words(device):
+    """The device as the log names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def peak_memory(device):

@@ -63,7 +63,7 @@ def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, c
     seen = {}
     original = train.data.lm_batch
     monkeypatch.chdir(tmp_path)
-    for name, extra in (("vanilla", []), ("hybrid", ["--meta"])):
+    for name, extra in (("vanilla", []), ("hybrid", ["--meta"]), ("joint", ["--joint", "0.3"])):
         batches = seen[name] = []
         monkeypatch.setattr(train.data, "lm_batch", lambda *a: batches.append(original(*a)[0]) or original(*a))
         args, _ = train.parse(["--data", str(text_file), "--cache", str(cache), "--vocab-size", "2048", "--batch-size", "4", "--seq-len", "32",
@@ -74,7 +74,12 @@ def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, c
         for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(s, handler)
     assert len(seen["vanilla"]) == 24 and 0 < len(seen["hybrid"]) < 24 and seen["vanilla"][0].shape == (2, 32)
-    assert all(torch.equal(a, b) for a, b in zip(seen["vanilla"], seen["hybrid"]))
+    assert all(torch.equal(a, b) for name in ("hybrid", "joint") for a, b in zip(seen["vanilla"], seen[name]))
+    updates = {name: [line for line in read(tmp_path / "runs" / name) if "kind" in line] for name in seen}
+    assert ["query_loss" in line for line in updates["joint"]] == [True] * 6 + [False] * 6 and len(seen["joint"]) == 24
+    assert updates["joint"][0]["loss"] == updates["vanilla"][0]["loss"]  # the next-token loss alone is logged as the loss,
+    assert updates["joint"][0]["grad_norm"] != updates["vanilla"][0]["grad_norm"] and updates["joint"][5]["loss"] != updates["vanilla"][5]["loss"]
+    assert 1 < updates["joint"][0]["flops"] / updates["vanilla"][0]["flops"] < 1.3
 
 
 def test_another_configuration_in_the_folder_is_refused(script, tmp_path):
