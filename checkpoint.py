@@ -9,6 +9,7 @@ tensors and plain values is ever unpickled (weights_only).
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -112,3 +113,12 @@ def lock_run(folder):
     for torn in Path(folder).glob("*.*.tmp"):
         torn.unlink(missing_ok=True)
     return file
+
+
+def without_nan(value):
+    """A log line's value with None for what is not finite: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import probe
-from checkpoint import load_checkpoint, lock_run, save_checkpoint, write_atomically
+from checkpoint import load_checkpoint, lock_run, save_checkpoint, without_nan, write_atomically
 from meta import FEWSHOT_QUERIES, FEWSHOT_WAYS, MetaHead, batch_meta_flops, batch_meta_loss, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
 from model import SIZES, Config, Decoder, Parser, cross_entropy, lm_flops, pick_device, precision
 from report import in_words, status, summary
@@ -34,7 +34,7 @@ from report import in_words, status, summary
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
 FLUSH_EVERY = 10  # updates between looks at the losses: on a GPU a look waits for the device
 HEAD_SHARE = 0.1  # the meta head's part of the learning rate: at all of it the inner loop lost its grip on the head
-JOINT = {"meta": True, "n_way": 128, "n_query": 8, "head": "linear", "inner_lr": 1.0, "meta_start": 0.0, "meta_stop": 0.5}  # the defaults with --joint
+JOINT = {"meta": True, "n_way": 128, "n_query": 8, "head": "linear", "inner_lr": 1.0, "meta_start": 0.0}  # the defaults with --joint
 EVAL_TOKENS, EVAL_BATCH = 16_384, 2048  # validation tokens, and of these at a time
 PATIENCE = 10  # updates in a row whose loss or gradient is not finite, after which a run is given up
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
@@ -86,7 +86,7 @@ def parse(argv=None):
     meta = parser.add_argument_group("meta-learning")
     meta.add_argument("--meta", action="store_true", help="mix in meta steps")
     meta.add_argument("--joint", type=number(float, 0), default=0.0, metavar="WEIGHT", help="instead of meta steps: the weight of a meta loss that "
-                      "next-token updates carry on the same pass, of episodes of the tokens that repeat in their batch (try 0.3)")
+                      "next-token updates carry on the same pass, of episodes of the tokens that repeat in their batch; it fades to 0 at --meta-stop (try 0.3)")
     meta.add_argument("--hybrid-ratio", type=number(float, 0, 1), default=0.5, help="probability that an update is a meta step, from --meta-start on")
     meta.add_argument("--meta-start", type=number(float, 0, 1), default=0.25, help="share of the updates before meta-learning begins: "
                       "until then the states tell nothing, and adapting a deep head to them does harm")
@@ -119,6 +119,11 @@ def parse(argv=None):
     if Path(args.name).name != args.name or args.name in (".", ".."):
         parser.error(f"--name {args.name} must be a plain folder name; --runs says where it lies")
     return args, parser
+
+
+def joint_weight(step, args):
+    """The weight of the meta loss on the same pass: it fades linearly, to zero at --meta-stop."""
+    return args.joint * (1 - step / (args.meta_stop * args.steps))
 
 
 def learning_rate(step, args):
@@ -197,15 +202,6 @@ def open_run(args, settings):
     if not args.resume:
         raise ValueError(f"{folder} has stopped at update {checkpoint['step']} of {args.steps}: add --resume to continue, or choose another --name")
     return checkpoint, lock
-
-
-def without_nan(value):
-    """A log line's value with None for what is not finite: JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_log(path, last_step):
@@ -308,7 +304,8 @@ def train(args):
         for i in range(RANK * share, (RANK + 1) * share):  # numbered over all processes
             with autocast:
                 new, tokens, flops = meta_micro_batch(i) if meta_step else lm_micro_batch(i)
-            ((new["loss"] + args.joint * new.get("query_loss", 0)) / args.grad_accum).backward()
+            extra = joint_weight(spent["step"], args) * new["query_loss"] if "query_loss" in new else 0
+            ((new["loss"] + extra) / args.grad_accum).backward()
             figures = {key: figures.get(key, 0.0) + value.detach() / args.grad_accum for key, value in new.items()}
             spent["tokens"] += tokens * WORLD
             spent["flops"] += flops * WORLD
