@@ -1,4 +1,4 @@
-"""Files that survive: atomic writes, checkpoints with a checksum and a predecessor, the lock of a run.
+"""Files that survive: atomic writes, checkpoints with a checksum and a predecessor, the lock and the settings of a run.
 
     from checkpoint import load_checkpoint, lock_run, save_checkpoint, write_atomically
 
@@ -9,6 +9,7 @@ tensors and plain values is ever unpickled (weights_only).
 import contextlib
 import errno
 import hashlib
+import json
 import math
 import os
 import sys
@@ -113,6 +114,16 @@ def lock_run(folder):
     for torn in Path(folder).glob("*.*.tmp"):
         torn.unlink(missing_ok=True)
     return file
+
+
+def read_settings(folder):
+    """The config.json of a run, a dict. Raises ValueError if the folder holds none."""
+    try:
+        settings = json.loads((Path(folder) / "config.json").read_text())
+        return settings | {"name": str(settings["name"]), "steps": int(settings["steps"]), "size": str(settings["size"]),
+                           "vocab_size": int(settings["vocab_size"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is not a run: it has no readable config.json (train.py makes runs)") from None
 
 
 def without_nan(value):

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -229,15 +229,11 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def epoch_order(seed, epoch, windows, seq_len, memory={}):
-    """(permutation of the windows, offset) of one epoch; the newest two are remembered."""
-    key = seed, epoch, windows, seq_len
-    if key not in memory:
-        if len(memory) > 1:
-            memory.clear()
-        rng = np.random.default_rng([seed, epoch, 1])
-        memory[key] = rng.permutation(windows), int(rng.integers(seq_len))
-    return memory[key]
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, windows, seq_len):
+    """(permutation of the windows, offset) of one epoch."""
+    rng = np.random.default_rng([seed, epoch, 1])
+    return rng.permutation(windows), int(rng.integers(seq_len))
 
 
 def validation_windows(tokens, seq_len, most=64):

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from checkpoint import load_checkpoint, replacing, write_atomically
+from checkpoint import load_checkpoint, read_settings, replacing, write_atomically
 from text import END, MASK, DataError, hugging_face_tokenizer, load_encoding
 
 SIZES = {"11m": 96, "65m": 384, "181m": 768, "570m": 1536}  # name -> d_model
@@ -252,16 +252,11 @@ def cross_entropy(hidden, weight, targets):
 
 def load_run(folder, device="cpu"):
     """(decoder, config.json as a dict) of a trained run. Raises ValueError if the folder holds none."""
-    folder = Path(folder)
+    settings = read_settings(folder)
     try:
-        settings = json.loads((folder / "config.json").read_text())
-        config = Config(SIZES[settings["size"]], min(int(settings["vocab_size"]), 65536))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is not a run: it has no readable config.json (train.py makes runs)") from None
-    try:
-        decoder = Decoder(config)
-        decoder.load_state_dict(load_checkpoint(folder)["model"])
-    except (KeyError, RuntimeError):
+        decoder = Decoder(Config(SIZES[settings["size"]], min(settings["vocab_size"], 65536)))
+        decoder.load_state_dict(load_checkpoint(Path(folder))["model"])
+    except (KeyError, TypeError, RuntimeError):
         raise ValueError(f"the checkpoint in {folder} does not fit its config.json") from None
     return decoder.to(device), settings
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import write_atomically
+from checkpoint import read_settings, write_atomically
 from model import Parser, cross_entropy
 
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -119,15 +119,6 @@ def read_metrics(path):
         except (ValueError, KeyError, TypeError, OverflowError):
             bad += 1
     return lines, [f"{path}: {bad} unreadable line{'s'[:bad != 1]} left out"] if bad else []
-
-
-def read_settings(folder):
-    """The config.json of a run. Raises ValueError if the folder holds none."""
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        return settings | {"name": str(settings["name"]), "steps": int(settings["steps"]), "size": str(settings["size"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is not a run: it has no readable config.json (train.py makes runs)") from None
 
 
 def read_run(folder):

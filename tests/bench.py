@@ -154,40 +154,43 @@ def main():
         with autocast:
             update(meta_loss(decoder.model, head, data.Episode(rows[:16], label, rows[16:], label, label[::2]), "head", INNER_STEPS, 0.1)[0])
 
-    def seconds(step, repeats):
-        """The median of `repeats` timed calls after one that warms up."""
+    def seconds(repeats, *steps):
+        """The median time of each step over `repeats` rounds, in which they take turns, after one round that warms up:
+        what else the machine does meanwhile then falls on all of them."""
         times = []
         for _ in range(repeats + 1):
-            started = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return sorted(times[1:])[repeats // 2]
+            for step in steps:
+                started = time.perf_counter()
+                step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - started)
+        return [sorted(times[i::len(steps)][1:])[repeats // 2] for i in range(len(steps))]
 
     peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
-        peaks[dtype] = 2 * 2048 ** 3 / seconds(lambda: a @ b, 10)
+        peaks[dtype] = 2 * 2048 ** 3 / seconds(10, lambda: a @ b)[0]
     print(f"{args.size}, {args.vocab_size} words, {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"steps in {'bf16' if autocast._enabled else 'float32'}")
     print(f"matrix products of 2048: {peaks[torch.float32] / 1e9:.0f} GFLOP/s in float32, {peaks[torch.bfloat16] / 1e9:.0f} in bf16")
     lm_tokens, meta_tokens = BATCH * LENGTH, WAY * (SHOT + QUERY) * ROW
     flops = {inner: meta_flops(config, head, WAY, SHOT, QUERY, ROW, inner, INNER_STEPS, False) for inner in ("head", "all")}
-    rows = [("next-token step", next_token, args.repeats, lm_tokens, lm_flops(config, BATCH, LENGTH)),
-            ("  the plain twin", plain, 2, lm_tokens, lm_flops(config, BATCH, LENGTH)),
-            ("meta step, inner head", lambda: meta("head"), args.repeats, meta_tokens, flops["head"]),
-            ("  backbone work of its tokens", backbone_share, args.repeats, meta_tokens,
-             backbone_flops(config, WAY * SHOT, ROW) + 3 * backbone_flops(config, WAY * QUERY, ROW)),
-            ("meta step, inner all", lambda: meta("all"), 1, meta_tokens, flops["all"]),
-            ("meta step, 4 x 256 tokens", ours_on_the_papers_tokens, args.repeats, paper_ids.numel(), None),
-            ("  the paper's way", papers_way, 1, paper_ids.numel(), None)]
+    paper_tokens = paper_ids.numel()
+    groups = [(args.repeats, [("next-token step", next_token, lm_tokens, lm_flops(config, BATCH, LENGTH)),
+                              ("  the plain twin", plain, lm_tokens, lm_flops(config, BATCH, LENGTH))]),
+              (args.repeats, [("meta step, inner head", lambda: meta("head"), meta_tokens, flops["head"]),
+                              ("  backbone work of its tokens", backbone_share, meta_tokens,
+                               backbone_flops(config, WAY * SHOT, ROW) + 3 * backbone_flops(config, WAY * QUERY, ROW))]),
+              (1, [("meta step, inner all", lambda: meta("all"), meta_tokens, flops["all"])]),
+              (2, [("meta step, 4 x 256 tokens", ours_on_the_papers_tokens, paper_tokens, None), ("  the paper's way", papers_way, paper_tokens, None)])]
     took = {}
     print(f"{'':<32} {'seconds':>8} {'tokens/s':>9} {'GFLOP/s':>8}  of float32 peak")
-    for name, step, repeats, tokens, count in rows:
-        took[name.strip()] = t = seconds(step, repeats)
-        achieved = f"{count / t / 1e9:>8.0f}  {count / t / peaks[torch.float32]:.0%}" if count else ""
-        print(f"{name:<32} {t:>8.3f} {tokens / t:>9,.0f} {achieved}", flush=True)
+    for repeats, rows in groups:
+        for (name, _, tokens, count), t in zip(rows, seconds(repeats, *(row[1] for row in rows))):
+            took[name.strip()] = t
+            achieved = f"{count / t / 1e9:>8.0f}  {count / t / peaks[torch.float32]:.0%}" if count else ""
+            print(f"{name:<32} {t:>8.3f} {tokens / t:>9,.0f} {achieved}", flush=True)
     print(f"next-token step: {took['the plain twin'] / took['next-token step']:.1f} times the plain twin's tokens per second")
     print(f"meta step: {took['meta step, inner head'] / took['backbone work of its tokens']:.2f} times the backbone work of its tokens, "
           f"{took['meta step, inner head'] / took['next-token step']:.2f} times a next-token step")
@@ -197,14 +200,14 @@ def main():
     def one_probe():
         with autocast:
             probe.measure(decoder, batch[:4, :129])
-    steps = seconds(one_probe, 3) / took["next-token step"]
+    steps = seconds(3, one_probe)[0] / took["next-token step"]
     print(f"a probe: {steps:.1f} next-token steps' time; every 100 updates, {steps / 100:.1%} of them")
     with tempfile.TemporaryDirectory() as folder:
         made_up_text(Path(folder) / "text.txt", 2)
         corpus = data.load(Path(folder) / "text.txt", vocab_size=8192, cache=Path(folder) / "cache", quiet=True)
         sampler = data.EpisodeSampler(corpus, WAY, SHOT, QUERY, ROW)
-        print(f"drawing an episode: {seconds(lambda: sampler.draw(0, 0), 20) / took['meta step, inner head']:.1%} of a meta step; "
-              f"drawing a batch: {seconds(lambda: data.lm_batch(corpus.train, 0, BATCH, LENGTH, 0), 20) / took['next-token step']:.1%} of a next-token step")
+        print(f"drawing an episode: {seconds(20, lambda: sampler.draw(0, 0))[0] / took['meta step, inner head']:.1%} of a meta step; "
+              f"drawing a batch: {seconds(20, lambda: data.lm_batch(corpus.train, 0, BATCH, LENGTH, 0))[0] / took['next-token step']:.1%} of a next-token step")
     print(report.peak_memory(device).removeprefix(", "))
 
 
