@@ -109,7 +109,7 @@ def batch_meta_loss(hidden, head, repeats, inner_steps, inner_lr, second_order=F
     (B*T, D) that its next-token loss has already paid for. Returns what meta_loss returns, and chance; zeros without repeats."""
     support_at, support_labels, query_at, query_labels = repeats
     if not len(support_at):
-        return (hidden.new_zeros(()),) * 4
+        return (0 * sum(p.sum() for p in head.parameters()), *hidden.new_zeros(3))  # a gradient in each process, if of zeros
     words = support_labels.unique()
     support = hidden[support_at] if second_order else hidden[support_at].detach()
     return (*query_loss(head, words, support, support_labels, hidden[query_at], query_labels, inner_steps, inner_lr, second_order),

@@ -134,6 +134,10 @@ def test_meta_loss_of_a_batch_equals_brute_force(tiny, kind):
     assert torch.allclose(flat_gradient([tiny.model, head]), flat_gradient([backbone, learned]), atol=1e-10)
     assert flat_gradient([tiny.model]).abs().max() > 1e-4 and chance == 1 / n_way and n_way == 2
     assert query_accuracy == (scores.argmax(dim=1) == query_labels).float().mean()
+    nothing = meta.batch_meta_loss(tiny.model(ids).flatten(0, 1), head, data.batch_episode(torch.arange(12).view(2, 6), [], 9, 2, 2, 0), 3, 0.2)
+    head.zero_grad()
+    nothing[0].backward()  # a batch in which no token repeats: processes add up gradients that are there
+    assert len(nothing) == 4 and not any(nothing) and all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
 
 def test_words_head_touches_only_the_rows_asked_about(tiny):
