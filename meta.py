@@ -30,8 +30,8 @@ class MetaHead(nn.Module):
     kind "slots": one output row per label, n_way in all. Each episode gives its words fresh labels, so that
     nothing but adaptation can tell them apart; the rows start at zero, where all labels are alike.
     kind "words": one row per word of the index (the paper's choice), which training can memorise.
-    kind "linear": "slots" without the hidden layers. It starts where all labels are alike and cannot start better,
-    so that all the outer loop can improve is the states."""
+    kind "linear": "slots" without the hidden layers: where labels are fresh it has no better start than zero, so that
+    what there is to learn for the outer loop are the states."""
 
     def __init__(self, d_model, kind, n_way, n_words, generator=None):
         super().__init__()
@@ -104,16 +104,16 @@ def meta_loss(backbone, head, episode, inner="head", inner_steps=10, inner_lr=0.
                           inner_steps, inner_lr, second_order)
 
 
-def batch_meta_loss(hidden, head, repeats, inner_steps, inner_lr, second_order=False):
+def batch_meta_loss(hidden, head, n_way, repeats, inner_steps, inner_lr, second_order=False):
     """The outer loss of the episode that a next-token batch holds anyway (data.batch_episode), on the states hidden
-    (B*T, D) that its next-token loss has already paid for. Returns what meta_loss returns, and chance; zeros without repeats."""
+    (B*T, D) that its next-token loss has already paid for. Returns what meta_loss returns, and chance: 0-d tensors, of
+    zeros where no token repeats."""
+    if not n_way:  # a gradient nevertheless, since processes add up gradients that are there
+        return (0 * sum(p.sum() for p in head.parameters()), *hidden.new_zeros(3))
     support_at, support_labels, query_at, query_labels = repeats
-    if not len(support_at):
-        return (0 * sum(p.sum() for p in head.parameters()), *hidden.new_zeros(3))  # a gradient in each process, if of zeros
-    words = support_labels.unique()
     support = hidden[support_at] if second_order else hidden[support_at].detach()
-    return (*query_loss(head, words, support, support_labels, hidden[query_at], query_labels, inner_steps, inner_lr, second_order),
-            hidden.new_tensor(1 / len(words)))
+    return (*query_loss(head, range(n_way), support, support_labels, hidden[query_at], query_labels, inner_steps, inner_lr, second_order),
+            hidden.new_tensor(1 / n_way))
 
 
 def query_loss(module, words, support, support_labels, query, query_labels, inner_steps, inner_lr, second_order):
@@ -129,15 +129,22 @@ def accuracy(scores, labels):
     return (scores.argmax(dim=1) == labels).float().mean()
 
 
-def batch_meta_flops(head, repeats, inner_steps):
-    """Model FLOPs that batch_meta_loss adds to a next-token step."""
-    n_way, support, query = len(repeats[1].unique()), len(repeats[0]), len(repeats[2])
-    return (3 * inner_steps + 1) * head_flops(head, n_way, support) + 3 * head_flops(head, n_way, query)
-
-
 def head_flops(head, n_way, rows):
     """Model FLOPs of one forward pass of the head over rows, with n_way rows of its output."""
     return 2 * rows * (sum(layer.weight.numel() for layer in head.trunk[::2]) + n_way * head.out.in_features)
+
+
+def adapt_flops(head, n_way, rows, inner_steps, second_order):
+    """Model FLOPs of the inner loop of a head: forward and backward, without a gradient to the states (rows) themselves;
+    in second order each of these products is differentiated again, at twice its price."""
+    first_layer = 2 * rows * head.trunk[0].weight.numel() if len(head.trunk) else head_flops(head, n_way, rows)
+    return inner_steps * (3 if second_order else 1) * (3 * head_flops(head, n_way, rows) - first_layer)
+
+
+def batch_meta_flops(head, n_way, k_shot, n_query, inner_steps, second_order):
+    """Model FLOPs that batch_meta_loss adds to a next-token step, at most: with as many classes and places as it may take."""
+    support, query = (head_flops(head, n_way, n_way * rows) for rows in (k_shot, n_query))
+    return adapt_flops(head, n_way, n_way * k_shot, inner_steps, second_order) + support + 3 * query
 
 
 def meta_flops(config, head, n_way, k_shot, n_query, length, inner, inner_steps, second_order):
@@ -145,11 +152,8 @@ def meta_flops(config, head, n_way, k_shot, n_query, length, inner, inner_steps,
     support, query = (head_flops(head, n_way, n_way * rows) for rows in (k_shot, n_query))
     support_backbone = backbone_flops(config, n_way * k_shot, length)
     outer = 3 * (backbone_flops(config, n_way * n_query, length) + query) + support
-    if inner == "head" and not second_order:  # no gradient to the constant support states
-        first = 2 * n_way * k_shot * (head.trunk[0].weight.numel() if len(head.trunk) else n_way * head.out.in_features)
-        return outer + support_backbone + inner_steps * (3 * support - first)
-    if inner == "head":                       # each inner step, forward and backward, is differentiated again
-        return outer + 3 * support_backbone + inner_steps * 9 * support
+    if inner == "head":
+        return outer + (3 if second_order else 1) * support_backbone + adapt_flops(head, n_way, n_way * k_shot, inner_steps, second_order)
     return outer + support_backbone + inner_steps * (9 if second_order else 3) * (support_backbone + support)
 
 
@@ -208,13 +212,14 @@ def fewshot_episodes(rows, n_way, k_shot):
 
 
 def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", inner_steps=10, inner_lr=0.1, masked=True):
-    """Few-shot accuracy on held-out words: {fewshot_prototype, fewshot_chance, fewshot_stderr, fewshot_lookup, ...}.
+    """Few-shot accuracy on held-out words, FEWSHOT_WAYS at most: {fewshot_prototype, fewshot_chance, fewshot_stderr, fewshot_lookup, ...}.
 
     prototype (Snell et al. 2017, without training): the nearest mean of K support states, read before the word. A
     query whose previous token also stands before a support word is left out. lookup: what that previous token alone
     would answer, on all queries. before / after, if there is a head: its accuracy at the mask (masked) or, as prototype,
     before the word, before and after the inner loop, on all queries, and as _new on those that prototype is asked. stderr: of prototype, fewshot_after_stderr
     of after, over episodes, which share their rows."""
+    n_way = min(n_way, FEWSHOT_WAYS)
     episodes = fewshot_episodes(rows, n_way, k_shot)
     if not episodes:
         return {}

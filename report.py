@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import data
+from meta import FEWSHOT_WAYS
 from model import generate, precision
 from probe import COLOURS, CURVES, panel, series
 
@@ -39,7 +40,7 @@ def summary(folder, lines, settings, corpus, windows, decoder, device, processes
     baselines = data.ngram_baselines(corpus.train, windows, corpus.vocab_size)
     rows = ["", f"validation loss {final['val_loss']:.3f} nats per token ({final['bits_per_byte']:.3f} bits per byte); "
                 f"unigram {baselines['unigram']:.3f}, smoothed bigram {baselines['bigram']:.3f}"]
-    head = "fewshot_after_new" in final
+    head, joint = "fewshot_after_new" in final, settings.get("joint")
     if "fewshot_chance" in final:
         rows += [f"few-shot accuracy on held-out words, {1 / final['fewshot_chance']:.0f}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
         error = {"prototype": "fewshot_stderr", "after": "fewshot_after_stderr"}
@@ -48,9 +49,9 @@ def summary(folder, lines, settings, corpus, windows, decoder, device, processes
                 spread = f" +- {final[error[key]]:.1%}" if key in error else ""
                 rows.append(f"  {words:<26} {final[f'fewshot_{key}']:6.1%}{spread}   (untrained {first[f'fewshot_{key}']:.1%})")
         rows.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   (prototypes are asked only what it cannot answer"
-                    + (f"; there the head has {final['fewshot_after_new']:.1%})" if head else ")"))
+                    + (f"; there the head has {final['fewshot_after_new']:.1%}" if head else "") + ("; it reads before the word)" if joint else ")"))
     else:
-        rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {settings['n_way']}-way episodes")
+        rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {min(settings['n_way'], FEWSHOT_WAYS)}-way episodes")
     skipped = max((line.get("skipped", 0) for line in lines), default=0)
     if skipped:
         rows.append(f"{skipped} updates were skipped: their loss or gradient was not finite")
@@ -160,7 +161,7 @@ def compare(groups):
     Runs on different texts or tokenizers are compared in bits per byte, since their nats per token differ in kind."""
     kinds = {(s["corpus_sha256"], s["vocab_size"], s["tokenizer"]) for runs in groups.values() for s, _ in runs}
     loss, unit = ("val_loss", "nats per token") if len(kinds) == 1 else ("bits_per_byte", "bits per byte")
-    result = {"loss": loss, "unit": unit, "groups": {}, "sooner_by": {}}
+    result = {"loss": loss, "unit": unit, "groups": {}, "sooner_by": {}, "joint": [label for label, runs in groups.items() if runs[0][0].get("joint")]}
     for label, runs in groups.items():
         entry = result["groups"][label] = {"runs": [s["name"] for s, _ in runs]}
         curves = {key: [series(lines, key)[1] for _, lines in runs]
@@ -202,6 +203,8 @@ def comparison_table(result):
                     + f"{untrained:>21} {figure(entry, 'fewshot_chance'):>8}")
         errors = [f"{FEWSHOT[key]} {entry[error]['mean']:.1%}" for key, error in STANDARD_ERROR.items() if error in entry]
         rows.append(f"{'':<20} standard error over episodes: {', '.join(errors)}" if errors else "")
+    if result["joint"]:
+        rows.append(f"the heads of {', '.join(result['joint'])} read before the word, where the previous token helps; other heads at the mask")
     first = next(iter(result["groups"]))
     ratio = lambda entry, i: "never reached" if entry["mean"][i] is None else f"{entry['mean'][i]:.2f}x" + (f" +- {entry['sd'][i]:.2f}" if entry["sd"] else "")
     for label, entry in result["sooner_by"].items():
@@ -211,7 +214,7 @@ def comparison_table(result):
         rows[-1] += "   the last common loss"
         if "papers_reading" in entry:
             rows.append(f"the paper's reading, mixed training loss {entry['papers_reading']['level']:.3f} against updates: "
-                        f"{ratio(entry['papers_reading'], 0)} (it mixes an easier question in: not a fair measure)")
+                        f"{ratio(entry['papers_reading'], 0)} (where meta steps mix an easier question in: not a fair measure)")
     return "\n".join(rows)
 
 

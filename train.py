@@ -2,7 +2,7 @@
 
     python train.py --size 11m --meta          # hybrid: next-token steps and first-order MAML steps, by a coin
     python train.py --size 11m                 # vanilla: next-token steps only
-    python train.py --size 11m --joint 0.3     # next-token steps that carry a meta loss on the same pass, in the first half
+    python train.py --size 11m --joint 0.3     # next-token steps that carry a meta loss on the same pass
     torchrun --standalone --nproc_per_node=2 train.py --size 65m --meta    # on two GPUs, or two processes of a CPU
 
 Writes runs/<name>/: config.json, metrics.jsonl (a JSON object a line), ckpt.pt, dynamics.png. Every random choice
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import data
 import probe
-from checkpoint import load_checkpoint, lock_run, save_checkpoint, without_nan, write_atomically
-from meta import FEWSHOT_QUERIES, FEWSHOT_WAYS, MetaHead, batch_meta_flops, batch_meta_loss, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
+from checkpoint import load_checkpoint, lock_run, read_settings, save_checkpoint, without_nan, write_atomically
+from meta import FEWSHOT_QUERIES, MetaHead, batch_meta_flops, batch_meta_loss, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
 from model import SIZES, Config, Decoder, Parser, cross_entropy, lm_flops, pick_device, precision
 from report import in_words, status, summary
 
@@ -85,13 +85,14 @@ def parse(argv=None):
 
     meta = parser.add_argument_group("meta-learning")
     meta.add_argument("--meta", action="store_true", help="mix in meta steps")
-    meta.add_argument("--joint", type=number(float, 0), default=0.0, metavar="WEIGHT", help="instead of meta steps: the weight of a meta loss that "
-                      "next-token updates carry on the same pass, of episodes of the tokens that repeat in their batch; it fades to 0 at --meta-stop (try 0.3)")
+    meta.add_argument("--joint", type=number(float, 0), default=0.0, metavar="WEIGHT", help="instead of meta steps: the weight (try 0.3) of a meta loss "
+                      "that next-token updates carry on the same pass, of episodes of the tokens that repeat in their batch; it fades to 0 at --meta-stop. "
+                      "It changes defaults: " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in JOINT.items() if key != "meta"))
     meta.add_argument("--hybrid-ratio", type=number(float, 0, 1), default=0.5, help="probability that an update is a meta step, from --meta-start on")
     meta.add_argument("--meta-start", type=number(float, 0, 1), default=0.25, help="share of the updates before meta-learning begins: "
                       "until then the states tell nothing, and adapting a deep head to them does harm")
     meta.add_argument("--meta-stop", type=number(float, 0, 1), default=1.0, help="share of the updates after which it ends")
-    meta.add_argument("--n-way", type=number(int, 2), default=32, help="words per episode")
+    meta.add_argument("--n-way", type=number(int, 2), default=32, help="words per episode (with --joint: at most, as of the examples)")
     meta.add_argument("--k-shot", type=number(int, 1), default=4, help="support examples per word")
     meta.add_argument("--n-query", type=number(int, 1), default=2, help="query examples per word")
     meta.add_argument("--episode-len", type=number(int, 2, 2048), default=32, help="tokens per example; the last is the masked word")
@@ -107,6 +108,8 @@ def parse(argv=None):
         args = parser.parse_args(argv)
         if args.head == "words" or args.inner == "all":
             parser.error("--joint adapts a head with fresh labels: it goes with --head linear or slots and --inner head")
+    if args.meta and args.meta_stop <= args.meta_start:
+        parser.error(f"--meta-stop {args.meta_stop:g} leaves no meta-learning: it must be above --meta-start {args.meta_start:g}")
 
     if args.batch_size % args.grad_accum:
         parser.error(f"--batch-size {args.batch_size} must be a multiple of --grad-accum {args.grad_accum}")
@@ -122,8 +125,8 @@ def parse(argv=None):
 
 
 def joint_weight(step, args):
-    """The weight of the meta loss on the same pass: it fades linearly, to zero at --meta-stop."""
-    return args.joint * (1 - step / (args.meta_stop * args.steps))
+    """The weight of the meta loss on the same pass: it fades linearly from --joint at --meta-start to zero at --meta-stop."""
+    return args.joint * (args.meta_stop * args.steps - step) / ((args.meta_stop - args.meta_start) * args.steps)
 
 
 def learning_rate(step, args):
@@ -148,7 +151,7 @@ def evaluate(decoder, head, corpus, windows, fewshot, args, device):
     nats = sum(losses) / len(windows)
     n_bytes = corpus.token_bytes[windows[:, 1:].numpy()].sum()
     report = {"val_loss": nats, "bits_per_byte": nats * windows[:, 1:].numel() / math.log(2) / max(1, n_bytes)}
-    return report | evaluate_fewshot(decoder.model, head, fewshot, min(args.n_way, FEWSHOT_WAYS), args.k_shot, device,
+    return report | evaluate_fewshot(decoder.model, head, fewshot, args.n_way, args.k_shot, device,
                                      args.inner, args.inner_steps, args.inner_lr, masked=not args.joint)
 
 
@@ -181,12 +184,12 @@ def open_run(args, settings):
     if not config.exists():
         return None, lock
     try:
-        old = json.loads(config.read_text())
-    except (OSError, ValueError):
+        old = read_settings(folder)
+    except ValueError:
         raise ValueError(f"{config} cannot be read: choose another --name") from None
-    differing = [key for key in settings if key in vars(args) and key not in FREE_FLAGS and key in old and old[key] != settings[key]]
+    differing = [key for key in settings if key in vars(args) and key not in FREE_FLAGS and old.get(key) != settings[key]]
     if differing:
-        changes = ", ".join(f"--{key.replace('_', '-')} {old[key]} there, {settings[key]} now" for key in differing)
+        changes = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} there, {settings[key]} now" for key in differing)
         raise ValueError(f"{folder} holds another configuration ({changes}): choose another --name")
     if old.get("corpus_sha256") != settings["corpus_sha256"]:
         raise ValueError(f"{folder} was trained on another text (its SHA-256 differs): choose another --name")
@@ -283,10 +286,10 @@ def train(args):
         figures = {"loss": cross_entropy(hidden, decoder.lm_head.weight, data.to_device(targets, device).flatten())}
         flops = lm_flops(config, rows, args.seq_len)
         if args.joint and is_meta_time(spent["step"], args):
-            repeats = data.batch_episode(targets, held_out, args.n_way, args.k_shot, args.n_query, args.seed, spent["step"], i)
+            n_way, repeats = data.batch_episode(targets, held_out, args.n_way, args.k_shot, args.n_query, args.seed, spent["step"], i)
             figures |= zip(("query_loss", "support_accuracy", "query_accuracy", "chance"), batch_meta_loss(
-                hidden, head, [data.to_device(part, device) for part in repeats], args.inner_steps, args.inner_lr, args.second_order))
-            flops += batch_meta_flops(head, repeats, args.inner_steps)
+                hidden, head, n_way, [data.to_device(part, device) for part in repeats], args.inner_steps, args.inner_lr, args.second_order))
+            flops += batch_meta_flops(head, args.n_way, args.k_shot, args.n_query, args.inner_steps, args.second_order)
         return figures, ids.numel(), flops
 
     def meta_micro_batch(i):

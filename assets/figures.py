@@ -2,8 +2,8 @@
 
     python assets/figures.py
 
-Nothing in them is sketched: the episode is drawn from the default corpus, the arrows are what meta.adapt and autograd
-compute, the ranks and entropies are those of probe.py.
+Nothing in them is sketched: the episode is drawn from the default corpus (other versions of the packages, other words), the
+arrows are what meta.adapt and autograd compute, the ranks and entropies are those of probe.py.
 """
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ from text import MASK  # noqa: E402
 # ---- an episode --------------------------------------------------------------------------------------------
 
 def draw_episode(figure, seed=12):
-    """A 4-way 2-shot episode with one query per word, as the model gets it."""
+    """A 4-way 2-shot episode with one query per word, in rows of 14 tokens."""
     corpus = data.load()
     episode = data.EpisodeSampler(corpus, 4, 2, 1, 14).draw(seed, 0)
     words = [corpus.encoding.decode([i]).strip() for i in corpus.index.words[episode.words].tolist()]
@@ -95,8 +95,8 @@ def draw_fomaml(figure, inner_steps=5, inner_lr=0.12):
     one.clabel(contours, fontsize=7)
     one.plot(*path.T, "o-", color=COLOURS[0], markersize=4, label=f"inner loop: {inner_steps} steps on the support set")
     gradients = {order: -3 * query_gradient(start, first, second_order=order) for order in (False, True)}
-    arrow(one, path[-1], gradients[False], COLOURS[1], "outer step: query gradient at the end ...")
-    arrow(one, path[0], gradients[False], COLOURS[1], "... used at the beginning (first order)", linestyle="--")
+    arrow(one, path[-1], gradients[False], COLOURS[1], "outer step: query gradient at φ (times 3) ...")
+    arrow(one, path[0], gradients[False], COLOURS[1], "... used at θ (first order)", linestyle="--")
     arrow(one, path[0], gradients[True], COLOURS[2], "differentiated through the inner loop (MAML)")
     for name, point in (("θ", path[0]), ("φ", path[-1])):
         one.annotate(name, point.tolist(), (-16, 2), textcoords="offset points", fontsize=13)
@@ -106,18 +106,17 @@ def draw_fomaml(figure, inner_steps=5, inner_lr=0.12):
 
     unseen = list(tasks(8, generator))
     after = lambda weight: torch.stack([loss(adapted(weight.clone().requires_grad_(), task), *task[2:]) for task in unseen]).mean().item()
-    weight, walk = start.detach().clone(), []
+    walk = [start.detach()]
     for task in tasks(60, generator):
-        walk.append(weight.clone())
-        weight -= 0.4 * query_gradient(weight, task)
-    walk = torch.stack(walk)
-    for i, task in enumerate(unseen):
-        for begin, colour in ((walk[0], "lightgrey"), (weight, COLOURS[0])):
+        walk.append(walk[-1] - 0.4 * query_gradient(walk[-1], task))
+    walk = torch.stack(walk)  # (outer steps + 1, 2)
+    for begin, colour, which in ((walk[0], "lightgrey", "first"), (walk[-1], COLOURS[0], "last")):
+        for i, task in enumerate(unseen):
             ends = torch.stack([begin, adapted(begin.clone().requires_grad_(), task).detach()])
-            many.plot(*ends.T, "-", color=colour, linewidth=1.5, label={"lightgrey": "inner loops from the first θ", COLOURS[0]: "inner loops from the last θ"}[colour] if i == 0 else None)
+            many.plot(*ends.T, "-", color=colour, linewidth=1.5, label=None if i else f"from the {which} θ to the φ of 8 unseen tasks")
             many.plot(*ends[1], "o", color=colour, markersize=4)
     many.plot(*walk.T, ".-", color=COLOURS[1], markersize=3, linewidth=1, label="θ over 60 outer steps")
-    panel(many, f"query loss after {inner_steps} inner steps, 8 unseen tasks: {after(walk[0]):.2f} nats at first, {after(weight):.2f} at last",
+    panel(many, f"query loss after {inner_steps} inner steps, 8 unseen tasks: {after(walk[0]):.2f} nats at first, {after(walk[-1]):.2f} at last",
           "second weight", "first weight")
     many.legend(fontsize=8, frameon=False, loc="lower right")
 
@@ -142,16 +141,20 @@ def draw_probes(figure):
     k = 0.3 * k + F.pad(q, (0, 0, 0, 1))[:, :, 1:]  # keys like the query that comes next: it looks one back
     for ax, (name, sharpness) in zip(head_axes, (("looks everywhere", 0.0), ("looks about", 0.45), ("looks one back", 2.5))):
         scores = (sharpness * q @ k.mT / 24 ** 0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)[0, 0]
-        ax.imshow(scores.softmax(dim=1) ** 0.5, cmap="viridis", vmin=0, vmax=1)
+        image = ax.imshow(scores.softmax(dim=1), cmap="viridis", vmin=0, vmax=1)
         entropy = head_entropy(sharpness * q, k)[0, 1:]  # (T - 1,): the first position has no choice
         share = (entropy / torch.arange(2, T + 1).log()).mean()
         panel(ax, f"{name}: entropy {entropy.mean():.2f} nats,\n{share:.2f} of uniform", "position that looks", "position looked at")
+    figure.colorbar(image, ax=head_axes, label="attention")
 
 
 def main():
     for name, draw, size in (("episode", draw_episode, (12, 4.2)), ("fomaml", draw_fomaml, (13, 4.8)), ("probes", draw_probes, (15, 4))):
         figure = new_figure(*size)
-        draw(figure)
+        try:
+            draw(figure)
+        except data.DataError as error:
+            sys.exit(f"figures.py: error: {error}")
         save_figure(figure, HERE / f"{name}.png")
         print(f"written: {HERE / name}.png")
 

@@ -118,9 +118,9 @@ def test_meta_loss_of_a_batch_equals_brute_force(tiny, kind):
         head = meta.MetaHead(24, "linear", 9, 0).double()
         nn.init.normal_(head.out.weight, std=0.3, generator=torch.Generator().manual_seed(2))
     ids, targets = torch.randint(3, (2, 2, 6), generator=torch.Generator().manual_seed(4))
-    support, support_labels, query, query_labels = repeats = data.batch_episode(targets, [], 9, 2, 2, 0)
-    n_way = support_labels.max() + 1
-    loss, _, query_accuracy, chance = meta.batch_meta_loss(tiny.model(ids).flatten(0, 1), head, repeats, 3, 0.2)
+    n_way, repeats = data.batch_episode(targets, [], 9, 2, 2, 0)
+    support, support_labels, query, query_labels = repeats
+    loss, _, query_accuracy, chance = meta.batch_meta_loss(tiny.model(ids).flatten(0, 1), head, n_way, repeats, 3, 0.2)
     loss.backward()
     backbone, learned = copy.deepcopy(tiny.model), copy.deepcopy(head)
     backbone.zero_grad(), learned.zero_grad()
@@ -134,7 +134,7 @@ def test_meta_loss_of_a_batch_equals_brute_force(tiny, kind):
     assert torch.allclose(flat_gradient([tiny.model, head]), flat_gradient([backbone, learned]), atol=1e-10)
     assert flat_gradient([tiny.model]).abs().max() > 1e-4 and chance == 1 / n_way and n_way == 2
     assert query_accuracy == (scores.argmax(dim=1) == query_labels).float().mean()
-    nothing = meta.batch_meta_loss(tiny.model(ids).flatten(0, 1), head, data.batch_episode(torch.arange(12).view(2, 6), [], 9, 2, 2, 0), 3, 0.2)
+    nothing = meta.batch_meta_loss(tiny.model(ids).flatten(0, 1), head, *data.batch_episode(torch.arange(12).view(2, 6), [], 9, 2, 2, 0), 3, 0.2)
     head.zero_grad()
     nothing[0].backward()  # a batch in which no token repeats: processes add up gradients that are there
     assert len(nothing) == 4 and not any(nothing) and all(p.grad is not None and not p.grad.any() for p in head.parameters())
@@ -168,13 +168,14 @@ def test_flops_formula_against_pytorchs_counter(kind, inner, second_order):
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_flops_of_a_batchs_episode_against_pytorchs_counter():
-    hidden, head = torch.randn(256, 96, requires_grad=True), meta.MetaHead(96, "slots", 40, 0)
+@pytest.mark.parametrize("kind, second_order", [("slots", False), ("linear", False), ("slots", True), ("linear", True)])
+def test_flops_of_a_batchs_episode_against_pytorchs_counter(kind, second_order):
+    hidden, head = torch.randn(400, 96, requires_grad=True), meta.MetaHead(96, kind, 40, 0)
     nn.init.normal_(head.out.weight)
-    repeats = data.batch_episode(torch.randint(60, (4, 64)), [], 40, 2, 4, 0)
+    n_way, repeats = data.batch_episode(torch.arange(40).repeat(10)[None], [], 40, 2, 4, 0)  # as many places as it may take
     with FlopCounterMode(display=False) as counter:
-        meta.batch_meta_loss(hidden, head, repeats, 3, 0.1)[0].backward()
-    assert meta.batch_meta_flops(head, repeats, 3) == pytest.approx(counter.get_total_flops(), rel=0.15)  # not deducted: no gradient to the support states
+        meta.batch_meta_loss(hidden, head, n_way, repeats, 3, 0.1, second_order)[0].backward()
+    assert meta.batch_meta_flops(head, 40, 2, 4, 3, second_order) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 class Known(nn.Module):
