@@ -350,14 +350,22 @@ class EpisodeSampler:
                          np.abs(candidates - support[np.minimum(right, len(support) - 1)]))
         return candidates[gap >= self.length][:self.n_query]
 
+    def draw_unmasked(self, *numbers):
+        keep, self.mask_id = self.mask_id, None
+        try:
+            return self.draw(*numbers)
+        finally:
+            self.mask_id = keep
+
     def episode(self, classes, support, query):
+        shift = self.mask_id is None
         asked = np.zeros(self.vocab_size, dtype=bool)
         asked[self.word_ids[classes]] = True
         labels = torch.arange(self.n_way)
         ids = []
         for ends in (support, query):
-            rows = self.tokens[ends.reshape(-1, 1) + np.arange(1 - self.length, 1)].astype(np.int64)  # (N*K, L)
-            ids.append(torch.from_numpy(np.where(asked[rows], self.mask_id, rows)))
+            rows = self.tokens[np.maximum(0, ends.reshape(-1, 1) - shift + np.arange(1 - self.length, 1))].astype(np.int64)  # (N*K, L)
+            ids.append(torch.from_numpy(rows if shift else np.where(asked[rows], self.mask_id, rows)))
         return Episode(ids[0], labels.repeat_interleave(self.k_shot), ids[1], labels.repeat_interleave(self.n_query),
                        torch.from_numpy(classes))
 

@@ -118,7 +118,7 @@ def meta_flops(config, head, n_way, k_shot, n_query, length, inner, inner_steps,
     support_backbone = backbone_flops(config, n_way * k_shot, length)
     outer = 3 * (backbone_flops(config, n_way * n_query, length) + query) + support
     if inner == "head" and not second_order:  # no gradient to the constant support states
-        first = 2 * n_way * k_shot * head.trunk[0].weight.numel()
+        first = 2 * n_way * k_shot * head.trunk[0].weight.numel() if len(head.trunk) else 0
         return outer + support_backbone + inner_steps * (3 * support - first)
     if inner == "head":                       # each inner step, forward and backward, is differentiated again
         return outer + 3 * support_backbone + inner_steps * 9 * support

@@ -26,8 +26,10 @@ from tqdm import tqdm
 import data
 import probe
 from checkpoint import load_checkpoint, lock_run, save_checkpoint, write_atomically
-from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
-from model import SIZES, Config, Decoder, Parser, lm_flops, pick_device, precision
+from torch.func import functional_call
+import torch.nn.functional as F
+from meta import adapt, accuracy, FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
+from model import backbone_flops, cross_entropy, SIZES, Config, Decoder, Parser, lm_flops, pick_device, precision
 from report import status, summary
 
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
@@ -94,6 +96,13 @@ def parse(argv=None):
     meta.add_argument("--inner-steps", type=number(int, 0), default=10, help="SGD steps on the support set")
     meta.add_argument("--inner-lr", type=number(float, 0), default=0.1, help="their learning rate")
     meta.add_argument("--head", choices=["slots", "words"], default="slots", help="fresh labels in each episode, or a row per word")
+    meta.add_argument("--joint", type=number(float, 0), default=0.0, help="weight of a meta loss added to every next-token update, on the same pass")
+    meta.add_argument("--body", action="store_true", help="meta steps are unmasked: the tokens that repeat in an ordinary batch, read before the word")
+    meta.add_argument("--unmasked", action="store_true", help="episode rows end before the word, and nothing is masked")
+    meta.add_argument("--band", type=int, nargs=2, default=[64, 10 ** 9], help="occurrences that a word must have to be a class in training")
+    meta.add_argument("--linear", action="store_true", help="the head is one linear layer that starts at zero")
+    meta.add_argument("--linear2", action="store_true", help="linear head in alternating meta steps")
+    meta.add_argument("--meta-stop", type=number(float, 0, 1), default=1.0, help="share of the updates after which no meta step is made")
     meta.add_argument("--second-order", action="store_true", help="full MAML: differentiate through the inner loop")
     args = parser.parse_args(argv)
 
@@ -118,7 +127,7 @@ def learning_rate(step, args):
 
 def is_meta_step(step, args):
     """The coin of step `step`: a function of the seed alone. It is thrown once the decoder knows something."""
-    return args.meta and step >= args.meta_start * args.steps and np.random.default_rng([args.seed, step, 2]).random() < args.hybrid_ratio
+    return args.meta and args.meta_start * args.steps <= step < args.meta_stop * args.steps and np.random.default_rng([args.seed, step, 2]).random() < args.hybrid_ratio
 
 
 @torch.no_grad()
@@ -228,6 +237,8 @@ def train(args):
             raise data.DataError(f"the text is too short: its {part} part has {len(tokens)} tokens, one batch needs "
                                  f"{(rows + 1) * args.seq_len + 1}; use more text, or a smaller --batch-size or --seq-len")
     sampler = data.EpisodeSampler(corpus, args.n_way, args.k_shot, args.n_query, args.episode_len) if args.meta else None
+    if sampler:
+        sampler.classes = np.array([c for c in sampler.classes if args.band[0] <= len(sampler.positions[c]) < args.band[1]])
     windows = data.validation_windows(corpus.val, args.seq_len, max(1, EVAL_TOKENS // args.seq_len))
     fewshot = fewshot_rows(corpus, args.episode_len, args.k_shot + FEWSHOT_QUERIES)
 
@@ -239,6 +250,11 @@ def train(args):
     decoder.model.embed_tokens.padding_idx = corpus.mask_id    # context; and it learns nothing: this row gets no gradient
     decoder.to(device)
     head = MetaHead(config.d_model, args.head, args.n_way, len(corpus.index.words), generator).to(device) if args.meta else None
+    if args.linear or args.linear2:
+        head.trunk, head.out = torch.nn.Sequential(), torch.nn.Linear(config.d_model, args.n_way)
+        torch.nn.init.zeros_(head.out.weight); torch.nn.init.zeros_(head.out.bias)
+        for p in head.parameters():
+            p.requires_grad_(True)
     parameters = [p for module in (decoder, head) if module for p in module.parameters()]
     groups = [{"params": list(decoder.parameters()), "share": 1.0}, {"params": list(head.parameters()) if head else [], "share": HEAD_SHARE}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -274,11 +290,52 @@ def train(args):
     def lm_micro_batch(i):
         rows = args.batch_size // args.grad_accum
         ids, targets = data.lm_batch(corpus.train, spent["lm_steps"] * args.grad_accum + i, rows, args.seq_len, args.seed)
+        if args.joint and args.meta_start * args.steps <= spent["step"] < args.meta_stop * args.steps:
+            hidden = decoder.model(ids).flatten(0, 1)
+            loss = cross_entropy(hidden, decoder.lm_head.weight, targets.flatten())
+            extra = batch_meta_loss(hidden, targets)
+            return ({"loss": loss + args.joint * extra[0], "support_accuracy": extra[1], "query_accuracy": extra[2]}, ids.numel(),
+                    lm_flops(config, rows, args.seq_len) + head_flops)
         loss = decoder.loss(data.to_device(ids, device), data.to_device(targets, device))
         return {"loss": loss}, ids.numel(), lm_flops(config, rows, args.seq_len)
 
+    held = corpus.index.words[corpus.index.is_held_out]
+    hw = sum(l.weight.numel() for l in head.trunk[::2]) + args.n_way * 128 if head else 0
+    head_flops = 1024 * 2 * hw * 3 // 2 + args.inner_steps * 3 * 2 * 256 * hw if head else 0
+
+    def batch_meta_loss(hidden, targets):
+        rng = np.random.default_rng([args.seed, spent["step"], 3])
+        y = targets.flatten().numpy()
+        types, counts = np.unique(y, return_counts=True)
+        types = types[(counts >= 2) & ~np.isin(types, held)]
+        types = rng.permutation(types)[:args.n_way]
+        slots = rng.permutation(args.n_way)
+        s, q, sl, ql = [], [], [], []
+        for slot, t in zip(slots, types):
+            at = rng.permutation(np.flatnonzero(y == t))
+            k = min(args.k_shot, len(at) // 2)
+            s += list(at[:k]); sl += [slot] * k
+            at = at[k:k + 4 * args.n_query]
+            q += list(at); ql += [slot] * len(at)
+        states = hidden.float()
+        sl, ql = torch.tensor(sl), torch.tensor(ql)
+        fast = adapt(head, head.start(None), states[s].detach(), sl, args.inner_steps, args.inner_lr)
+        scores = functional_call(head, fast, (states[q],))
+        with torch.no_grad():
+            sa = accuracy(functional_call(head, fast, (states[s].detach(),)), sl)
+        return F.cross_entropy(scores, ql), sa, accuracy(scores, ql)
+
+    def body_micro_batch(i):
+        rows = args.batch_size // args.grad_accum
+        ids, targets = data.lm_batch(corpus.train, spent["step"], rows, args.seq_len, args.seed + 1000)
+        hidden = decoder.model(ids).flatten(0, 1)
+        extra = batch_meta_loss(hidden, targets)
+        return {"loss": extra[0], "support_accuracy": extra[1], "query_accuracy": extra[2]}, ids.numel(), 3 * backbone_flops(config, rows, args.seq_len) + head_flops
+
     def meta_micro_batch(i):
         episode = sampler.draw(args.seed, spent["step"], i).to(device)
+        if args.unmasked:
+            episode = sampler.draw_unmasked(args.seed, spent["step"], i)
         loss, support, query = meta_loss(decoder.model, head, episode, args.inner, args.inner_steps, args.inner_lr, args.second_order)
         flops = meta_flops(config, head, args.n_way, args.k_shot, args.n_query, args.episode_len,
                            args.inner, args.inner_steps, args.second_order)
@@ -291,7 +348,7 @@ def train(args):
         figures, share = {}, args.grad_accum // WORLD
         for i in range(RANK * share, (RANK + 1) * share):  # numbered over all processes
             with autocast:
-                new, tokens, flops = meta_micro_batch(i) if meta_step else lm_micro_batch(i)
+                new, tokens, flops = (body_micro_batch if args.body else meta_micro_batch)(i) if meta_step else lm_micro_batch(i)
             (new["loss"] / args.grad_accum).backward()
             figures = {key: figures.get(key, 0.0) + value.detach() / args.grad_accum for key, value in new.items()}
             spent["tokens"] += tokens * WORLD
