@@ -81,7 +81,7 @@ def parse(argv=None):
     fit.add_argument("--grad-accum", type=number(int, 1), default=WORLD, help="micro-batches per update (an episode each in a meta step), "
                      "over all processes: a multiple of their number")
     fit.add_argument("--lr", type=number(float, 0), help="peak learning rate of AdamW (default: 0.75 / d_model)")
-    fit.add_argument("--warmup", type=number(float, 0, 1), default=0.05, help="share of the updates in which lr rises; then it falls to 0")
+    fit.add_argument("--warmup", type=number(float, 0, 1), default=0.15, help="share of the updates in which lr rises; then it falls to 0")
 
     meta = parser.add_argument_group("meta-learning")
     meta.add_argument("--meta", action="store_true", help="mix in meta steps")
