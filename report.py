@@ -176,7 +176,9 @@ def compare(groups):
     for label in others:
         sides = [[lines for _, lines in groups[g]] for g in (first, label)]
         losses = [series(lines, loss)[1] for side in sides for lines in side]
-        levels = np.linspace(min(y[0] for y in losses), max(y.min() for y in losses), 7)[1:]  # down to the last common loss
+        # from where all have been evaluated twice (before that a line between two points would be fiction) to the last common loss
+        end = max(y.min() for y in losses)
+        levels = np.linspace(max(end, min(y[:2][-1] for y in losses)), end, 6)
         entry = result["sooner_by"][label] = {"levels": levels.tolist()}
         for cost in COSTS:
             entry[cost] = sooner_by(*[[series(lines, loss, x=cost) for lines in side] for side in sides], levels)
