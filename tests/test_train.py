@@ -19,8 +19,8 @@ def args():
 
 def test_schedule_warms_up_and_decays_to_zero(args):
     rates = [train.learning_rate(step, args) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.01 / 50) and max(rates) == rates[49] == pytest.approx(0.01)
-    assert rates[49 + 476] == pytest.approx(0.005, rel=0.01) and 0 < rates[-1] < 2e-5
+    assert rates[0] == pytest.approx(0.01 / 150) and max(rates) == rates[149] == pytest.approx(0.01)
+    assert rates[149 + 426] == pytest.approx(0.005, rel=0.01) and 0 < rates[-1] < 2e-5
 
 
 def test_coin_follows_seed_and_ratio(args):
