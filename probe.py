@@ -337,7 +337,7 @@ def draw_dynamics(figure, lines, settings):
         for ax in (line_ax, map_ax):
             log_steps(ax, edges[-1])
     kind = (f"meta loss of weight {settings['joint']:g} on the same pass, fading" if settings.get("joint") else
-            f"meta-learning in {settings['hybrid_ratio']:.0%} of updates" if settings.get("meta") else "vanilla")
+            f"meta steps in {settings['hybrid_ratio'] * (settings.get('meta_stop', 1) - settings.get('meta_start', 0)):.1%} of updates" if settings.get("meta") else "vanilla")
     figure.suptitle(f"{settings['name']}: {settings['size']}, {kind}, {last:,} of {settings['steps']:,} updates, seed {settings.get('seed', 0)}")
 
 
