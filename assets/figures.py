@@ -90,10 +90,10 @@ def draw_fomaml(figure, inner_steps=5, inner_lr=0.12):
     start = torch.tensor([-0.4, -0.4], requires_grad=True)
     path = torch.stack([adapted(start, first, steps).detach() for steps in range(inner_steps + 1)])  # (steps + 1, 2)
     grid = torch.stack(torch.meshgrid(torch.linspace(-1, 2.4, 60), torch.linspace(-0.8, 1.7, 60), indexing="xy"), dim=-1)
-    losses = torch.stack([loss(weight, *first[2:]) for weight in grid.view(-1, 2)]).view(60, 60)
-    contours = one.contour(grid[..., 0], grid[..., 1], losses, levels=10, colors="lightgrey", linewidths=1)
+    losses = torch.stack([loss(weight, *first[2:]) for weight in grid.view(-1, 2)]).view(60, 60).numpy()
+    contours = one.contour(grid[..., 0].numpy(), grid[..., 1].numpy(), losses, levels=10, colors="lightgrey", linewidths=1)
     one.clabel(contours, fontsize=7)
-    one.plot(*path.T, "o-", color=COLOURS[0], markersize=4, label=f"inner loop: {inner_steps} steps on the support set")
+    one.plot(*path.T.numpy(), "o-", color=COLOURS[0], markersize=4, label=f"inner loop: {inner_steps} steps on the support set")
     gradients = {order: -3 * query_gradient(start, first, second_order=order) for order in (False, True)}
     arrow(one, path[-1], gradients[False], COLOURS[1], "outer step: query gradient at φ (times 3) ...")
     arrow(one, path[0], gradients[False], COLOURS[1], "... used at θ (first order)", linestyle="--")
@@ -113,9 +113,9 @@ def draw_fomaml(figure, inner_steps=5, inner_lr=0.12):
     for begin, colour, which in ((walk[0], "lightgrey", "first"), (walk[-1], COLOURS[0], "last")):
         for i, task in enumerate(unseen):
             ends = torch.stack([begin, adapted(begin.clone().requires_grad_(), task).detach()])
-            many.plot(*ends.T, "-", color=colour, linewidth=1.5, label=None if i else f"from the {which} θ to the φ of 8 unseen tasks")
-            many.plot(*ends[1], "o", color=colour, markersize=4)
-    many.plot(*walk.T, ".-", color=COLOURS[1], markersize=3, linewidth=1, label="θ over 60 outer steps")
+            many.plot(*ends.T.numpy(), "-", color=colour, linewidth=1.5, label=None if i else f"from the {which} θ to the φ of 8 unseen tasks")
+            many.plot(*ends[1].numpy(), "o", color=colour, markersize=4)
+    many.plot(*walk.T.numpy(), ".-", color=COLOURS[1], markersize=3, linewidth=1, label="θ over 60 outer steps")
     panel(many, f"query loss after {inner_steps} inner steps, 8 unseen tasks: {after(walk[0]):.2f} nats at first, {after(walk[-1]):.2f} at last",
           "second weight", "first weight")
     many.legend(fontsize=8, frameon=False, loc="lower right")
@@ -131,7 +131,7 @@ def draw_probes(figure):
     for colour, (name, matrix) in zip(COLOURS, (("all directions alike", torch.eye(96)), ("random", random), ("8 directions, a little noise", few + 0.1 * random),
                                                 ("one direction", random[:, :1] @ random[:1]))):
         values = torch.linalg.svdvals(matrix)
-        rank_ax.plot(np.arange(1, 97), values / values.sum(), ".-", color=colour, linewidth=1, markersize=4, label=f"{name}: effective rank {effective_rank(matrix):.1f}")
+        rank_ax.plot(np.arange(1, 97), (values / values.sum()).numpy(), ".-", color=colour, linewidth=1, markersize=4, label=f"{name}: effective rank {effective_rank(matrix):.1f}")
     rank_ax.set_yscale("symlog", linthresh=1e-3)
     rank_ax.set_ylim(0, 1.5)
     rank_ax.legend(fontsize=8, frameon=False)
@@ -141,7 +141,7 @@ def draw_probes(figure):
     k = 0.3 * k + F.pad(q, (0, 0, 0, 1))[:, :, 1:]  # keys like the query that comes next: it looks one back
     for ax, (name, sharpness) in zip(head_axes, (("looks everywhere", 0.0), ("looks about", 0.45), ("looks one back", 2.5))):
         scores = (sharpness * q @ k.mT / 24 ** 0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)[0, 0]
-        image = ax.imshow(scores.softmax(dim=1), cmap="viridis", vmin=0, vmax=1)
+        image = ax.imshow(scores.softmax(dim=1).numpy(), cmap="viridis", vmin=0, vmax=1)
         entropy = head_entropy(sharpness * q, k)[0, 1:]  # (T - 1,): the first position has no choice
         share = (entropy / torch.arange(2, T + 1).log()).mean()
         panel(ax, f"{name}: entropy {entropy.mean():.2f} nats,\n{share:.2f} of uniform", "position that looks", "position looked at")

@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,3 +170,19 @@ def test_pictures_and_tables_are_made_from_short_and_partial_logs(tmp_path):
         probe.draw_dynamics(figure, lines, synthetic_run("v", 1)[0])
         probe.save_figure(figure, tmp_path / "x.png")
         assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_figures_of_the_tutorial_show_what_they_say():
+    spec = importlib.util.spec_from_file_location("figures", Path(__file__).parent.parent / "assets" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    figure = probe.new_figure()
+    figures.draw_probes(figure)
+    ranks = [float(line.get_label().split()[-1]) for line in figure.axes[0].lines]
+    assert ranks[0] == 96 and 48 < ranks[1] < 96 and 8 < ranks[2] < 16 and ranks[3] == 1  # alike, random, eight directions, one
+    everywhere, about, one_back = (float(ax.get_title(loc="left").split()[-3]) for ax in figure.axes[1:4])
+    assert everywhere == 1 and 0.5 < about < 0.9 and one_back < 0.1
+    figure = probe.new_figure()
+    figures.draw_fomaml(figure)
+    first, last = (float(word) for word in figure.axes[1].get_title(loc="left").split() if word.count(".") == 1 and word[0] == "0")
+    assert last < 0.7 * first < 0.7 * np.log(2)  # the outer loop moved the start to where few steps do
