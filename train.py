@@ -28,7 +28,7 @@ import data
 import probe
 from checkpoint import load_checkpoint, lock_run, read_settings, save_checkpoint, without_nan, write_atomically
 from meta import FEWSHOT_QUERIES, MetaHead, batch_meta_flops, batch_meta_loss, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
-from model import SIZES, Config, Decoder, Parser, cross_entropy, lm_flops, pick_device, precision
+from model import SIZES, Config, Decoder, Parser, lm_flops, pick_device, precision
 from report import in_words, status, summary
 
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
@@ -282,13 +282,13 @@ def train(args):
     def lm_micro_batch(i):
         rows = args.batch_size // args.grad_accum
         ids, targets = data.lm_batch(corpus.train, spent["lm_steps"] * args.grad_accum + i, rows, args.seq_len, args.seed)
-        hidden = decoder.model(data.to_device(ids, device)).flatten(0, 1)  # (B*T, D)
-        figures = {"loss": cross_entropy(hidden, decoder.lm_head.weight, data.to_device(targets, device).flatten())}
+        hidden = decoder.model(data.to_device(ids, device))  # (B, T, D)
+        figures = {"loss": decoder.loss_of(hidden, data.to_device(targets, device))}
         flops = lm_flops(config, rows, args.seq_len)
         if args.joint and is_meta_time(spent["step"], args):
             n_way, repeats = data.batch_episode(targets, held_out, args.n_way, args.k_shot, args.n_query, args.seed, spent["step"], i)
             figures |= zip(("query_loss", "support_accuracy", "query_accuracy", "chance"), batch_meta_loss(
-                hidden, head, n_way, [data.to_device(part, device) for part in repeats], args.inner_steps, args.inner_lr, args.second_order))
+                hidden.flatten(0, 1), head, n_way, [data.to_device(part, device) for part in repeats], args.inner_steps, args.inner_lr, args.second_order))
             flops += batch_meta_flops(head, args.n_way, args.k_shot, args.n_query, args.inner_steps, args.second_order)
         return figures, ids.numel(), flops
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import regex
 import tiktoken
+import torch
 
 import data
 import meta

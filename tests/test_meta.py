@@ -236,3 +236,15 @@ def test_fewshot_reads_before_the_mask_and_at_it():
             return torch.arange(ids.shape[1]).float()[None, :, None].expand(len(ids), -1, 3)
     before, at = meta.fewshot_states(Position(), known_rows(False), "cpu")
     assert (before == 3).all() and (at == 4).all()
+
+
+def test_fewshot_head_reads_before_the_word_if_nothing_was_masked(monkeypatch):
+    class TellsBefore(Known):
+        """Its state knows the word at every position but the last."""
+        def forward(self, ids):
+            return super().forward(ids) * (torch.arange(ids.shape[1]) < ids.shape[1] - 1)[:, None]
+    monkeypatch.setattr(meta, "FEWSHOT_WAYS", 6)
+    head = meta.MetaHead(16, "linear", 12, 0)
+    masked, before = (meta.evaluate_fewshot(TellsBefore(12), head, known_rows(False), 12, 4, "cpu", inner_lr=1.0, masked=masked) for masked in (True, False))
+    assert masked["fewshot_after"] < 0.35 and before["fewshot_after"] > 0.95
+    assert masked["fewshot_chance"] == before["fewshot_chance"] == pytest.approx(1 / 6)  # 12 ways of a batch, 6 at most here

@@ -148,6 +148,15 @@ def test_a_loss_never_reached_is_not_extrapolated():
     assert ratios["mean"][0] == pytest.approx(15 / 7.5) and ratios["mean"][1] is None and ratios["sd"] is None
 
 
+def test_comparison_begins_where_all_runs_have_been_evaluated_twice():
+    """Before, a line from update 0 to a late second evaluation would tell of differences that are none."""
+    settings, lines = synthetic_run("rare", 1, seed=0)
+    rare = [line for line in lines if "val_loss" not in line or line["step"] % 500 == 0]
+    entry = report.compare(report.group_runs([(settings | {"eval_every": 500}, rare), synthetic_run("often", 1)]))["sooner_by"]["often"]
+    assert entry["levels"][0] <= 10 - math.log(501) and entry["levels"][-1] == pytest.approx(10 - math.log(1001))
+    assert all(0.98 < ratio < 1.15 for ratio in entry["step"]["mean"])
+
+
 def test_different_corpora_are_compared_in_bits_per_byte():
     result = report.compare(report.group_runs([synthetic_run("v", 1), synthetic_run("m", 2, corpus="b")]))
     assert result["loss"] == "bits_per_byte" and result["groups"]["v"]["bits_per_byte"]["mean"] == pytest.approx((10 - math.log(1001)) / 4)

@@ -165,12 +165,14 @@ def train_here(monkeypatch, tmp_path, cache, text_file, *flags, main=False):
 
 def poison(monkeypatch, bad):
     """Multiply the loss of the updates whose number is in `bad` by infinity; returns the weights before each update."""
-    weights, original = [], train.cross_entropy
+    weights, original = [], train.Decoder.loss_of
 
-    def loss(hidden, weight, targets):
-        weights.append(weight.detach().clone())
-        return original(hidden, weight, targets) * (float("inf") if len(weights) - 1 in bad else 1.0)
-    monkeypatch.setattr(train, "cross_entropy", loss)
+    def loss(self, hidden, targets):
+        if not torch.is_grad_enabled():
+            return original(self, hidden, targets)
+        weights.append(self.lm_head.weight.detach().clone())
+        return original(self, hidden, targets) * (float("inf") if len(weights) - 1 in bad else 1.0)
+    monkeypatch.setattr(train.Decoder, "loss_of", loss)
     return weights
 
 
@@ -205,6 +207,13 @@ def test_weights_that_give_no_finite_validation_loss_are_not_saved(monkeypatch, 
         train_here(monkeypatch, tmp_path, cache, text_file, "--steps", 2, "--name", "bad")
     state = checkpoint.load_checkpoint(tmp_path / "runs" / "bad")
     assert state["step"] == 0 and read(tmp_path / "runs" / "bad")[-1]["val_loss"] is None
+
+
+def test_settings_of_a_run_from_before_a_flag_was_there(tmp_path):
+    (tmp_path / "config.json").write_text('{"size": "11m", "vocab_size": 4096}')
+    assert checkpoint.read_settings(tmp_path) == {"size": "11m", "vocab_size": 4096, "joint": 0.0, "meta_stop": 1.0, "name": tmp_path.name, "steps": 0}
+    (tmp_path / "config.json").write_text('{"size": "11m", "vocab_size": 4096, "joint": 0.3, "meta_stop": 0.5, "steps": 7, "name": "mine"}')
+    assert checkpoint.read_settings(tmp_path) == {"size": "11m", "vocab_size": 4096, "joint": 0.3, "meta_stop": 0.5, "name": "mine", "steps": 7}
 
 
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(script, tmp_path, monkeypatch, cache, text_file, capsys):

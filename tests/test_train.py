@@ -59,6 +59,15 @@ def test_hybrid_run_writes_everything_and_learns(script, tmp_path):
     assert shown.stdout == script("model.py", folder, "--prompt", "The ", "--tokens", 30, "--seed", 1).stdout
 
 
+def test_joint_weight_fades_and_replaces_the_coin():
+    args, _ = train.parse(["--joint", "0.4", "--meta-start", "0.2", "--meta-stop", "0.6", "--steps", "100"])
+    assert [round(train.joint_weight(step, args), 9) for step in (20, 40, 60)] == [0.4, 0.2, 0]
+    assert [step for step in range(100) if train.is_meta_time(step, args)] == list(range(20, 60))
+    assert args.meta and args.n_way == 128 and args.head == "linear" and not any(train.is_meta_step(step, args) for step in range(100))
+    args, _ = train.parse(["--meta", "--hybrid-ratio", "1", "--meta-start", "0.2", "--meta-stop", "0.6", "--steps", "100"])
+    assert [step for step in range(100) if train.is_meta_step(step, args)] == list(range(20, 60)) and args.n_way == 32
+
+
 def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, corpus, cache, text_file, tmp_path):
     seen = {}
     original = train.data.lm_batch
