@@ -1,7 +1,7 @@
 """Universal NER: what did pretraining buy?
 
     python ner.py runs/11m-vanilla runs/11m-meta --train en_ewt --test en_ewt --mode head
-    python ner.py runs/11m-vanilla runs/11m-meta --scratch --train en_ewt --test en_ewt da_ddt tl_trg --mode head full --seeds 3
+    python ner.py runs/11m-vanilla* runs/11m-meta* --scratch --test en_ewt da_ddt tl_trg --mode head full    # all their seeds
 
 A linear layer reads each word's tag (person, organisation, place) off the decoder's last hidden state. Trained alone on
 frozen states (`head`) it asks what they already know; trained with the decoder (`full`), what they are a good start for.
@@ -27,6 +27,7 @@ import data
 from checkpoint import fingerprint, write_atomically
 from model import Decoder, Parser, load_run, pick_device, precision
 from probe import new_figure, save_figure
+from report import group_runs
 
 TYPES = ["PER", "ORG", "LOC"]
 TAGS = ["O"] + [f"{prefix}-{kind}" for kind in TYPES for prefix in "BI"]
@@ -272,31 +273,34 @@ def scores(counts):
 
 
 def bootstrap(first, second, resamples=1000):
-    """(resamples,) of F1, mean over seeds, of the second model minus the first, counts (seeds, S, 3): sentences and
-    seeds are drawn with replacement, the same for both models (paired bootstrap: Koehn 2004)."""
-    seeds, n, _ = first.shape
+    """(resamples,) of F1, mean over runs and tunings, of the second group minus the first, counts (runs, tunings, S, 3):
+    sentences, runs, and tunings of a run are drawn with replacement, the same for both (paired bootstrap: Koehn 2004)."""
+    runs, tunings, n, _ = first.shape
     rng = np.random.default_rng(0)
     times = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)  # (R, S) how often each sentence is drawn
-    f1 = [scores(np.tensordot(times, counts, axes=(1, 1)))[..., 2] for counts in (first, second)]  # (R, seeds) each
-    return np.take_along_axis(f1[1] - f1[0], rng.integers(seeds, size=(resamples, seeds)), axis=1).mean(axis=1)
+    f1 = [scores(np.tensordot(times, counts, axes=(1, 2)))[..., 2] for counts in (first, second)]  # (R, runs, tunings) each
+    run, tuning = (rng.integers(high, size=(resamples, runs, width)) for high, width in ((runs, 1), (tunings, tunings)))
+    return (f1[1] - f1[0])[np.arange(resamples)[:, None, None], run, tuning].mean(axis=(1, 2))
 
 
 # ---- the grid ----------------------------------------------------------------------------------------------
 
 def load_models(runs, scratch):
-    """{name: (decoder on the CPU, encoding)} of run folders; with scratch also of an untrained decoder of each size among
-    them: what the first run of that size was before its first update. Raises ValueError and DataError."""
-    models, controls = {}, {}
+    """({name: (decoder on the CPU, encoding)} of run folders, {group: names} that differ in their seed alone); with scratch also
+    what the first run of each size and seed was before its first update. Raises ValueError and DataError."""
+    models, controls, found, untrained = {}, {}, [], []
     for run in runs:
         name = Path(run).resolve().name
         if name in models:
             raise ValueError(f"two runs are called {name}, and results are kept by name: rename one folder")
         decoder, settings = load_run(run)
         models[name] = decoder, data.load_encoding(run)
-        if scratch:
-            start = Decoder(decoder.config, torch.Generator().manual_seed(settings["seed"])), models[name][1]
-            controls.setdefault(f"scratch-{settings['size']}", start)
-    return models | controls
+        found.append((settings | {"name": name}, name))
+        start = {"size": settings["size"], "seed": settings["seed"], "name": f"scratch-{settings['size']}" + f"-s{settings['seed']}" * (settings["seed"] > 0)}
+        if scratch and start["name"] not in controls:
+            controls[start["name"]] = Decoder(decoder.config, torch.Generator().manual_seed(start["seed"])), models[name][1]
+            untrained.append((start, start["name"]))
+    return models | controls, {label: [name for _, name in members] for label, members in group_runs(found + untrained).items()}
 
 
 def read_cells(path):
@@ -322,8 +326,7 @@ def plan(args, models, treebanks, cells):
         old = cells[cell]["settings"] if cell in cells else settings
         differing = [f"{key} {old.get(key)} there, {settings[key]} now" for key in settings if old.get(key) != settings[key]]
         if differing:
-            raise data.DataError(f"{args.out}/ner.json has another {' '.join(map(str, cell))} ({', '.join(differing)}): "
-                                 "choose another --out")
+            raise data.DataError(f"{args.out}/ner.json has another {' '.join(map(str, cell))} ({', '.join(differing)}): choose another --out")
         if cell not in cells or args.predictions and not (Path(args.out) / PREDICTIONS.format(*cell)).exists():
             todo[cell] = settings
     return todo
@@ -360,31 +363,34 @@ def run_grid(args, models, treebanks, cells):
     bar.close()
 
 
-def report(args, runs, cells):
-    """A Markdown table: F1 in points (mean ± standard deviation over seeds) and tuning speed of each run, and the F1
-    difference of the first two (95 % bootstrap interval), which is also drawn to ner.png."""
-    get = lambda key, run, train, mode, test: [cells[run, train, mode, seed, test][key] for seed in range(args.seeds)]
+def report(args, groups, cells):
+    """A Markdown table: F1 in points (mean ± standard deviation over runs and tunings) and tuning speed of each group of
+    runs, and the F1 difference of the first two (95 % bootstrap interval), which is also drawn to ner.png."""
+    get = lambda key, group, mode, train, test: np.array([[cells[run, train, mode, seed, test][key] for seed in range(args.seeds)]
+                                                          for run in groups[group]])  # (runs, tunings, ...)
     show = lambda values, form: "-" if None in values else format(np.mean(values), form)
-    spread = lambda f1: f"{100 * np.mean(f1):.1f}" + (f" ± {100 * np.std(f1, ddof=1):.1f}" if len(f1) > 1 else "")
+    spread = lambda f1: f"{100 * np.mean(f1):.1f}" + (f" ± {100 * np.std(f1, ddof=1):.1f}" if f1.size > 1 else "")
     interval = lambda value, draws: "{:+.1f} [{:+.1f}, {:+.1f}]".format(value, *np.percentile(draws, [2.5, 97.5]))
     rows = [["mode", "train", "run", *args.test, "t90 (steps)", "AUC (nats)", "slope (nats/step)"], ["---"] * (6 + len(args.test))]
-    differences = []  # (observed, (R,) resampled) in points, by mode, train and test
+    pair, differences = list(groups)[:2], []  # (observed, (R,) resampled) in points, by mode, train and test
     for mode, train in itertools.product(args.mode, args.train):
-        for run in runs:
-            forms = {"t90": ".0f", "auc": ".4f", "slope": ".1e"}
-            speed = [show(get(key, run, train, mode, args.test[0]), form) for key, form in forms.items()]
-            rows.append([mode, train, run, *(spread(get("f1", run, train, mode, test)) for test in args.test), *speed])
-        if len(runs) > 1:
+        for group in groups:
+            speed = [show(get(key, group, mode, train, args.test[0]), form) for key, form in {"t90": ".0f", "auc": ".4f", "slope": ".1e"}.items()]
+            label = group + f" ({len(groups[group])} seeds)" * (len(groups[group]) > 1)
+            rows.append([mode, train, label, *(spread(get("f1", group, mode, train, test)) for test in args.test), *speed])
+        if len(pair) > 1:
             for test in args.test:
-                first, second = (np.array(get("counts", run, train, mode, test)) for run in runs[:2])  # (seeds, S, 3)
-                observed = np.mean(get("f1", runs[1], train, mode, test)) - np.mean(get("f1", runs[0], train, mode, test))
+                observed = np.subtract(*(np.mean(get("f1", group, mode, train, test)) for group in pair[::-1]))
+                first, second = (get("counts", group, mode, train, test) for group in pair)  # (runs, tunings, S, 3)
+                if len(first) != len(second):  # not the same seeds: each against each
+                    first, second = first.repeat(len(second), axis=0), np.tile(second, (len(first), 1, 1, 1))
                 differences.append((100 * observed, 100 * bootstrap(first, second)))
-            rows.append([mode, train, f"{runs[1]} − {runs[0]}", *(interval(*pair) for pair in differences[-len(args.test):]), "", "", ""])
+            rows.append([mode, train, f"{pair[1]} − {pair[0]}", *(interval(*found) for found in differences[-len(args.test):]), "", "", ""])
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     if differences:
-        title = f"{runs[1]} − {runs[0]}: {interval(*(np.mean(column, axis=0) for column in zip(*differences)))} F1 points on average"
+        title = f"{pair[1]} − {pair[0]}: {interval(*(np.mean(column, axis=0) for column in zip(*differences)))} F1 points on average"
         draw_differences(args, [value for value, _ in differences], title)
-        text += f"\n\n{title} (95 % interval over sentences and seeds)"
+        text += f"\n\n{title} (95 % interval over sentences, runs of a group and tunings)"
     return text
 
 
@@ -408,7 +414,7 @@ def draw_differences(args, values, title):
 def main():
     parser = Parser(description="Tune a word tagger on each run for Universal NER, score it, and compare the runs.")
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="folders of trained runs; the first two are compared")
+    add("runs", nargs="+", metavar="RUN", help="folders of trained runs; those that differ in their seed alone are one group, and the first two groups are compared")
     add("--scratch", action="store_true", help="add an untrained decoder of the same size: what did pretraining buy?")
     add("--train", nargs="+", default=["en_ewt"], metavar="T", choices=[*TRAINED, "toy", "all"],
         help=f"treebanks to tune on (default: en_ewt): {', '.join(TRAINED)}, toy (made up), all (as one)")
@@ -435,9 +441,9 @@ def main():
     if args.uner and not Path(args.uner).is_dir():
         parser.error(f"--uner {args.uner}: no such folder")
     try:
-        models, cells = load_models(args.runs, args.scratch), read_cells(Path(args.out) / "ner.json")
+        (models, groups), cells = load_models(args.runs, args.scratch), read_cells(Path(args.out) / "ner.json")
         run_grid(args, models, load_treebanks(args.train, args.test, args.uner, args.cache, args.quiet), cells)
-        print(report(args, list(models), cells))
+        print(report(args, groups, cells))
     except (ValueError, OSError, data.DataError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
