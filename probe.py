@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from checkpoint import read_settings, write_atomically
 from model import Parser, cross_entropy
@@ -399,7 +400,7 @@ def main():
     parser.add_argument("--live", action="store_true", help="a window that follows one running job")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for compare.png and compare.json (default: compare)")
     args = parser.parse_args()
-    from report import compare, comparison_table, draw_comparison, group_runs  # which is made of this file's parts
+    from report import compare, comparison_table, draw_comparison, group_runs, phase_count_table, phase_counts  # made of this file's parts
     try:
         if args.live:
             if len(args.runs) > 1:
@@ -409,21 +410,22 @@ def main():
         runs = [read_run(folder) for folder in args.runs]
         for note in (note for *_, notes in runs for note in notes):
             print(f"note: {note}", file=sys.stderr)
-        for folder, (settings, lines, _) in zip(args.runs, runs):
+        found = []  # (settings, phases)
+        for folder, (settings, lines, _) in zip(tqdm(args.runs, unit="run", disable=None if len(runs) > 1 else True), runs):
             Artist(folder).draw(lines, settings, last=True)
-            result = phases(lines)
-            write_atomically(folder / "phases.json", json.dumps(result, indent=1))
-            if len(runs) == 1:
-                print(f"{settings['name']}\n{phase_table(result)}\n\nwritten: {folder / 'dynamics.png'}, {folder / 'phases.json'}")
-        if len(runs) > 1:
+            found.append((settings, phases(lines)))
+            write_atomically(folder / "phases.json", json.dumps(found[-1][1], indent=1))
+        if len(runs) == 1:
+            print(f"{settings['name']}\n{phase_table(found[0][1])}\n\nwritten: {folder / 'dynamics.png'}, {folder / 'phases.json'}")
+        else:
             groups = group_runs([(settings, lines) for settings, lines, _ in runs])
-            result = compare(groups)
+            result = compare(groups) | {"phases": phase_counts(group_runs(found))}
             args.out.mkdir(parents=True, exist_ok=True)
             write_atomically(args.out / "compare.json", json.dumps(result, indent=1))
             figure = new_figure(18, 8)
             draw_comparison(figure, groups, result)
             save_figure(figure, args.out / "compare.png")
-            print(f"{comparison_table(result)}\n\nwritten: {args.out / 'compare.png'}, {args.out / 'compare.json'}")
+            print(f"{comparison_table(result)}\n{phase_count_table(result['phases'])}\n\nwritten: {args.out / 'compare.png'}, {args.out / 'compare.json'}")
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

@@ -220,6 +220,25 @@ def comparison_table(result):
     return "\n".join(rows)
 
 
+def phase_counts(groups):
+    """{curve: {label: {"rise and fall": {mean, sd}, "fall and rise": ...}}}, over the seeds of a group: in how many layers the
+    curve does so by `probe.phase`, of groups {label: [(settings, probe.phases)]}. A layer that does both is in both."""
+    names = {"rise and fall": ("rises and falls", "rises, falls"), "fall and rise": ("falls and rises", "falls, rises")}
+    return {curve: {label: {name: mean_and_spread([sum(any(words in layer["verdict"] for words in either) for layer in phases[curve]) for _, phases in runs])
+                            for name, either in names.items()} for label, runs in groups.items() if all(curve in phases for _, phases in runs)}
+            for curve in CURVES}
+
+
+def phase_count_table(counts):
+    """phase_counts in words."""
+    rows = [f"\nin how many layers a curve does it (the table of phases of each run: python probe.py RUN)\n{'':<28}{'':<20}{'rise and fall':>16}{'fall and rise':>16}"]
+    for curve, labels in counts.items():
+        for i, (label, kinds) in enumerate(labels.items()):
+            figures = (f"{kind['mean']:.1f}" + (f" +- {kind['sd']:.1f}" if kind["sd"] is not None else "") for kind in kinds.values())
+            rows.append(f"{'' if i else curve:<28}{label:<20}" + "".join(f"{figure:>16}" for figure in figures))
+    return "\n".join(rows)
+
+
 def draw_comparison(figure, groups, result):
     """Draw the comparison on an empty figure: the same held-out loss against four costs, accuracy, rank, entropy."""
     from matplotlib.ticker import EngFormatter, LogLocator

@@ -157,6 +157,19 @@ def test_comparison_begins_where_all_runs_have_been_evaluated_twice():
     assert all(0.98 < ratio < 1.15 for ratio in entry["step"]["mean"])
 
 
+def test_phases_are_counted_over_seeds():
+    """Three layers and two seeds, counted by hand; a group in which a run lacks a curve (too few probes) is left out of it."""
+    layers = lambda *verdicts: {"head entropy": [{"verdict": verdict} for verdict in verdicts]}
+    first = layers("rises and falls", "monotone, rising", "falls and rises"), layers("falls, rises, falls", "rises and falls", "flat")
+    counts = report.phase_counts({"v": [({}, phases) for phases in first], "m": [({}, layers("rises, falls, rises", "monotone, falling", "flat"))],
+                                  "early": [({}, {})]})
+    assert set(counts) == set(probe.CURVES) and not counts["rank of hidden states"]
+    assert counts["head entropy"] == {"v": {"rise and fall": {"mean": 1.5, "sd": pytest.approx(0.5 ** 0.5)}, "fall and rise": {"mean": 1.0, "sd": 0.0}},
+                                      "m": {"rise and fall": {"mean": 1.0, "sd": None}, "fall and rise": {"mean": 1.0, "sd": None}}}
+    row, = (line for line in report.phase_count_table(counts).splitlines() if line.startswith("head entropy"))
+    assert row.split() == ["head", "entropy", "v", "1.5", "+-", "0.7", "1.0", "+-", "0.0"]
+
+
 def test_different_corpora_are_compared_in_bits_per_byte():
     result = report.compare(report.group_runs([synthetic_run("v", 1), synthetic_run("m", 2, corpus="b")]))
     assert result["loss"] == "bits_per_byte" and result["groups"]["v"]["bits_per_byte"]["mean"] == pytest.approx((10 - math.log(1001)) / 4)
