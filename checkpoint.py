@@ -120,9 +120,8 @@ def read_settings(folder):
     """The config.json of a run, a dict. Raises ValueError if the folder holds none."""
     try:
         settings = json.loads((Path(folder) / "config.json").read_text())
-        later = {"joint": 0.0, "meta_stop": 1.0}  # flags that runs from before they were there lack
-        return later | settings | {"name": str(settings.get("name", Path(folder).name)), "steps": int(settings.get("steps", 0)),
-                                   "size": str(settings["size"]), "vocab_size": int(settings["vocab_size"])}
+        return settings | {"name": str(settings.get("name", Path(folder).name)), "steps": int(settings.get("steps", 0)),
+                           "size": str(settings["size"]), "vocab_size": int(settings["vocab_size"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"{folder} is not a run: it has no readable config.json (train.py makes runs)") from None
 

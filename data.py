@@ -358,24 +358,6 @@ class EpisodeSampler:
                        torch.from_numpy(classes))
 
 
-def batch_episode(targets, held_out, n_way, k_shot, n_query, *numbers):
-    """The episode that a next-token batch holds anyway: its classes are tokens that stand at least twice among targets
-    (B, T), at most n_way of them and none of held_out; a state is read before the token, where the next-token loss reads it.
-
-    Returns (number of classes, (support positions (S,) in targets.flatten(), their labels, query positions (Q,), their
-    labels)): up to k_shot and at most half of a class's places for support, up to n_query of the others. numbers seed the choice."""
-    rng, targets = np.random.default_rng([*numbers, 3]), targets.flatten().numpy()
-    places = rng.permutation(len(targets))
-    places = places[np.argsort(targets[places], kind="stable")]  # grouped by token, in random order within a token
-    tokens, first, count = np.unique(targets[places], return_index=True, return_counts=True)
-    classes = rng.permutation(np.flatnonzero((count > 1) & ~np.isin(tokens, held_out)))[:n_way]
-    shots = np.minimum(k_shot, count[classes] // 2)
-    support = [places[first[c]:first[c] + k] for c, k in zip(classes, shots)]
-    query = [places[first[c] + k:first[c] + min(k + n_query, count[c])] for c, k in zip(classes, shots)]
-    return len(classes), tuple(torch.from_numpy(part) for rows in (support, query) for part in
-                               (np.concatenate([np.zeros(0, dtype=int), *rows]), np.repeat(np.arange(len(classes)), [len(at) for at in rows])))
-
-
 # ---- the command -------------------------------------------------------------------------------------------
 
 def show(corpus):

@@ -21,7 +21,6 @@ from model import backbone_flops
 HIDDEN = 128            # width of the head, the paper's
 FEWSHOT_QUERIES = 4     # queries per held-out word in an evaluation episode
 FEWSHOT_EPISODES = 64   # fixed evaluation episodes
-FEWSHOT_WAYS = 32       # words in one of them at most
 
 
 class MetaHead(nn.Module):
@@ -29,18 +28,16 @@ class MetaHead(nn.Module):
 
     kind "slots": one output row per label, n_way in all. Each episode gives its words fresh labels, so that
     nothing but adaptation can tell them apart; the rows start at zero, where all labels are alike.
-    kind "words": one row per word of the index (the paper's choice), which training can memorise.
-    kind "linear": "slots" without the hidden layers: where labels are fresh it has no better start than zero, so that
-    what there is to learn for the outer loop are the states."""
+    kind "words": one row per word of the index (the paper's choice), which training can memorise."""
 
     def __init__(self, d_model, kind, n_way, n_words, generator=None):
         super().__init__()
         self.kind = kind
-        widths = [d_model] if kind == "linear" else [d_model, HIDDEN, HIDDEN, HIDDEN]
-        self.trunk = nn.Sequential(*(part for pair in zip(widths, widths[1:]) for part in (nn.Linear(*pair), nn.ReLU())))
-        self.out = nn.Linear(widths[-1], n_words if kind == "words" else n_way)
+        self.trunk = nn.Sequential(nn.Linear(d_model, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
+                                   nn.Linear(HIDDEN, HIDDEN), nn.ReLU())
+        self.out = nn.Linear(HIDDEN, n_way if kind == "slots" else n_words)
         for layer in [*self.trunk[::2], self.out]:
-            zero = layer is self.out and kind != "words"
+            zero = layer is self.out and kind == "slots"
             nn.init.normal_(layer.weight, std=0.0 if zero else (2 / layer.in_features) ** 0.5, generator=generator)
             nn.init.zeros_(layer.bias)
 
@@ -49,10 +46,12 @@ class MetaHead(nn.Module):
             return self.out(self.trunk(hidden))
 
     def start(self, words):
-        """{name: tensor}: where the inner loop starts. Of the output only the rows of the N words (N,), gathered once, so
-        that nothing scores the whole vocabulary (the gather carries the query gradient back to them), or the first N slots."""
-        rows = words if self.kind == "words" else slice(len(words))
-        return dict(self.named_parameters()) | {"out.weight": self.out.weight[rows], "out.bias": self.out.bias[rows]}
+        """{name: tensor}: where the inner loop starts. Of a "words" head only the rows of the N words (N,), gathered
+        once, so that nothing scores the whole vocabulary; the gather carries the query gradient back to them."""
+        fast = dict(self.named_parameters())
+        if self.kind == "words":
+            fast |= {"out.weight": self.out.weight[words], "out.bias": self.out.bias[words]}
+        return fast
 
 
 class Learner(nn.Module):
@@ -100,60 +99,29 @@ def meta_loss(backbone, head, episode, inner="head", inner_steps=10, inner_lr=0.
         # the fused attention kernels have no second derivative
         kernel = sdpa_kernel(SDPBackend.MATH) if second_order else contextlib.nullcontext()
     with kernel:
-        return query_loss(module, episode.words, support, episode.support_labels, query, episode.query_labels,
-                          inner_steps, inner_lr, second_order)
-
-
-def batch_meta_loss(hidden, head, n_way, repeats, inner_steps, inner_lr, second_order=False):
-    """The outer loss of the episode that a next-token batch holds anyway (data.batch_episode), on the states hidden
-    (B*T, D) that its next-token loss has already paid for. Returns what meta_loss returns, and chance: 0-d tensors, of
-    zeros where no token repeats."""
-    if not n_way:  # a gradient nevertheless, since processes add up gradients that are there
-        return (0 * sum(p.sum() for p in head.parameters()), *hidden.new_zeros(3))
-    support_at, support_labels, query_at, query_labels = repeats
-    support = hidden[support_at] if second_order else hidden[support_at].detach()
-    return (*query_loss(head, range(n_way), support, support_labels, hidden[query_at], query_labels, inner_steps, inner_lr, second_order),
-            hidden.new_tensor(1 / n_way))
-
-
-def query_loss(module, words, support, support_labels, query, query_labels, inner_steps, inner_lr, second_order):
-    """Adapt module on the support set and ask it the queries: (loss, support accuracy, query accuracy), 0-d tensors."""
-    fast = adapt(module, module.start(words), support, support_labels, inner_steps, inner_lr, second_order)
-    scores = functional_call(module, fast, (query,))
-    with torch.no_grad():
-        support_accuracy = accuracy(functional_call(module, fast, (support,)), support_labels)
-    return F.cross_entropy(scores, query_labels), support_accuracy, accuracy(scores, query_labels)
+        fast = adapt(module, module.start(episode.words), support, episode.support_labels, inner_steps, inner_lr, second_order)
+        scores = functional_call(module, fast, (query,))
+        loss = F.cross_entropy(scores, episode.query_labels)
+        with torch.no_grad():
+            support_accuracy = accuracy(functional_call(module, fast, (support,)), episode.support_labels)
+    return loss, support_accuracy, accuracy(scores, episode.query_labels)
 
 
 def accuracy(scores, labels):
     return (scores.argmax(dim=1) == labels).float().mean()
 
 
-def head_flops(head, n_way, rows):
-    """Model FLOPs of one forward pass of the head over rows, with n_way rows of its output."""
-    return 2 * rows * (sum(layer.weight.numel() for layer in head.trunk[::2]) + n_way * head.out.in_features)
-
-
-def adapt_flops(head, n_way, rows, inner_steps, second_order):
-    """Model FLOPs of the inner loop of a head: forward and backward, without a gradient to the states (rows) themselves;
-    in second order each of these products is differentiated again, at twice its price."""
-    first_layer = 2 * rows * head.trunk[0].weight.numel() if len(head.trunk) else head_flops(head, n_way, rows)
-    return inner_steps * (3 if second_order else 1) * (3 * head_flops(head, n_way, rows) - first_layer)
-
-
-def batch_meta_flops(head, n_way, k_shot, n_query, inner_steps, second_order):
-    """Model FLOPs that batch_meta_loss adds to a next-token step, at most: with as many classes and places as it may take."""
-    support, query = (head_flops(head, n_way, n_way * rows) for rows in (k_shot, n_query))
-    return adapt_flops(head, n_way, n_way * k_shot, inner_steps, second_order) + support + 3 * query
-
-
 def meta_flops(config, head, n_way, k_shot, n_query, length, inner, inner_steps, second_order):
     """Model FLOPs of one meta step: a forward pass counts 1, a backward pass 2; the support accuracy costs a forward."""
-    support, query = (head_flops(head, n_way, n_way * rows) for rows in (k_shot, n_query))
+    weights = sum(layer.weight.numel() for layer in head.trunk[::2]) + n_way * HIDDEN
+    support, query = 2 * n_way * k_shot * weights, 2 * n_way * n_query * weights  # the head, forward
     support_backbone = backbone_flops(config, n_way * k_shot, length)
     outer = 3 * (backbone_flops(config, n_way * n_query, length) + query) + support
-    if inner == "head":
-        return outer + (3 if second_order else 1) * support_backbone + adapt_flops(head, n_way, n_way * k_shot, inner_steps, second_order)
+    if inner == "head" and not second_order:  # no gradient to the constant support states
+        first = 2 * n_way * k_shot * head.trunk[0].weight.numel()
+        return outer + support_backbone + inner_steps * (3 * support - first)
+    if inner == "head":                       # each inner step, forward and backward, is differentiated again
+        return outer + 3 * support_backbone + inner_steps * 9 * support
     return outer + support_backbone + inner_steps * (9 if second_order else 3) * (support_backbone + support)
 
 
@@ -211,15 +179,14 @@ def fewshot_episodes(rows, n_way, k_shot):
     return [(pick[:, :k_shot], pick[:, k_shot:]) for pick in picks]
 
 
-def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", inner_steps=10, inner_lr=0.1, masked=True):
-    """Few-shot accuracy on held-out words, FEWSHOT_WAYS at most: {fewshot_prototype, fewshot_chance, fewshot_stderr, fewshot_lookup, ...}.
+def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", inner_steps=10, inner_lr=0.1):
+    """Few-shot accuracy on held-out words: {fewshot_prototype, fewshot_chance, fewshot_stderr, fewshot_lookup, ...}.
 
     prototype (Snell et al. 2017, without training): the nearest mean of K support states, read before the word. A
     query whose previous token also stands before a support word is left out. lookup: what that previous token alone
-    would answer, on all queries. before / after, if there is a head: its accuracy at the mask (masked) or, as prototype,
-    before the word, before and after the inner loop, on all queries, and as _new on those that prototype is asked. stderr: of prototype, fewshot_after_stderr
+    would answer, on all queries. before / after, if there is a head: its accuracy at the mask before and after the
+    inner loop, on all queries, and as _new on those that prototype is asked. stderr: of prototype, fewshot_after_stderr
     of after, over episodes, which share their rows."""
-    n_way = min(n_way, FEWSHOT_WAYS)
     episodes = fewshot_episodes(rows, n_way, k_shot)
     if not episodes:
         return {}
@@ -238,7 +205,7 @@ def evaluate_fewshot(backbone, head, rows, n_way, k_shot, device, inner="head", 
         centres = before_mask[support.ravel()].view(n_way, k_shot, -1).mean(dim=1)      # (N, D)
         results["prototype"].append(accuracy(-torch.cdist(before_mask[asked], centres)[new], label[new]).item())
         if head is not None:
-            module, inputs = (head, at_mask if masked else before_mask) if inner == "head" else (Learner(backbone, head), rows.ids)
+            module, inputs = (head, at_mask) if inner == "head" else (Learner(backbone, head), rows.ids)
             labels = torch.arange(n_way, device=device).repeat_interleave(k_shot)
             with torch.enable_grad():
                 start = module.start(torch.from_numpy(rows.word[support[:, 0]]).to(device))

@@ -199,11 +199,7 @@ class Decoder(nn.Module):
 
     def loss(self, ids, targets):
         """Mean next-token cross-entropy in nats of ids (B, T) against targets (B, T), as a scalar tensor."""
-        return self.loss_of(self.model(ids), targets)
-
-    def loss_of(self, hidden, targets):
-        """`loss` of the states that the backbone gave, hidden (B, T, D)."""
-        return cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return cross_entropy(self.model(ids).flatten(0, 1), self.lm_head.weight, targets.flatten())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -289,9 +289,8 @@ def draw_dynamics(figure, lines, settings):
     (losses, ranks, entropies), (accuracy, rank_map, entropy_map) = figure.subplots(2, 3)
 
     steps, val = series(lines, "val_loss")
-    for kind, key, colour, label in (("lm", "loss", COLOURS[0], "next-token, training"), ("meta", "loss", COLOURS[1], "meta query, training"),
-                                     ("lm", "query_loss", COLOURS[1], "meta query on the same pass")):
-        x, y = series([line for line in lines if line.get("kind") == kind], key)
+    for kind, colour, label in (("lm", COLOURS[0], "next-token, training"), ("meta", COLOURS[1], "meta query, training")):
+        x, y = series([line for line in lines if line.get("kind") == kind], "loss")
         if len(x):
             losses.plot(x, y, ".", markersize=2, alpha=0.4, color=colour, label=label)
     losses.plot(steps, val, "o-", color="black", markersize=3, label="next-token, validation")
@@ -337,8 +336,7 @@ def draw_dynamics(figure, lines, settings):
         panel(map_ax, f"{name}, by layer", "layer (0 reads the text)")
         for ax in (line_ax, map_ax):
             log_steps(ax, edges[-1])
-    kind = (f"meta loss of weight {settings['joint']:g} on the same pass, fading" if settings.get("joint") else
-            f"meta steps in {settings['hybrid_ratio'] * (settings.get('meta_stop', 1) - settings.get('meta_start', 0)):.1%} of updates" if settings.get("meta") else "vanilla")
+    kind = f"meta steps in {settings['hybrid_ratio'] * (1 - settings.get('meta_start', 0)):.1%} of updates" if settings.get("meta") else "vanilla"
     figure.suptitle(f"{settings['name']}: {settings['size']}, {kind}, {last:,} of {settings['steps']:,} updates, seed {settings.get('seed', 0)}")
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 import data
-from meta import FEWSHOT_WAYS
 from model import generate, precision
 from probe import COLOURS, CURVES, panel, series
 
@@ -27,8 +26,8 @@ def status(lines):
     for line in lines:
         newest |= {f"{line.get('kind')} {key}": value for key, value in line.items() if value is not None}
     parts = [f"loss {newest['lm loss']:.2f}" if "lm loss" in newest else "", f"val {newest['None val_loss']:.2f}" if "None val_loss" in newest else ""]
-    parts += [f"query {newest[f'{kind} query_accuracy']:.0%} (chance {newest[f'{kind} chance']:.0%})" for kind in ("meta", "lm")
-              if f"{kind} query_accuracy" in newest]
+    if "meta query_accuracy" in newest:
+        parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
     parts += [f"{value} skipped" for key, value in newest.items() if key.endswith(" skipped")][-1:]
     return ", ".join(filter(None, parts)) + f", {lines[-1].get('tokens_per_second', 0):,.0f} tok/s"
 
@@ -40,18 +39,18 @@ def summary(folder, lines, settings, corpus, windows, decoder, device, processes
     baselines = data.ngram_baselines(corpus.train, windows, corpus.vocab_size)
     rows = ["", f"validation loss {final['val_loss']:.3f} nats per token ({final['bits_per_byte']:.3f} bits per byte); "
                 f"unigram {baselines['unigram']:.3f}, smoothed bigram {baselines['bigram']:.3f}"]
-    head, joint = "fewshot_after_new" in final, settings.get("joint")
+    head = "fewshot_after_new" in final
     if "fewshot_chance" in final:
-        rows += [f"few-shot accuracy on held-out words, {1 / final['fewshot_chance']:.0f}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
+        rows += [f"few-shot accuracy on held-out words, {settings['n_way']}-way {settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
         error = {"prototype": "fewshot_stderr", "after": "fewshot_after_stderr"}
         for key, words in (("prototype", "nearest prototype"), ("before", "meta head before adapting"), ("after", "meta head after adapting")):
             if f"fewshot_{key}" in final:
                 spread = f" +- {final[error[key]]:.1%}" if key in error else ""
                 rows.append(f"  {words:<26} {final[f'fewshot_{key}']:6.1%}{spread}   (untrained {first[f'fewshot_{key}']:.1%})")
         rows.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   (prototypes are asked only what it cannot answer"
-                    + (f"; there the head has {final['fewshot_after_new']:.1%}" if head else "") + ("; it reads before the word)" if joint else ")"))
+                    + (f"; there the head has {final['fewshot_after_new']:.1%})" if head else ")"))
     else:
-        rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {min(settings['n_way'], FEWSHOT_WAYS)}-way episodes")
+        rows.append(f"no few-shot accuracy: the validation text has too few held-out words for {settings['n_way']}-way episodes")
     skipped = max((line.get("skipped", 0) for line in lines), default=0)
     if skipped:
         rows.append(f"{skipped} updates were skipped: their loss or gradient was not finite")
@@ -161,7 +160,7 @@ def compare(groups):
     Runs on different texts or tokenizers are compared in bits per byte, since their nats per token differ in kind."""
     kinds = {(s["corpus_sha256"], s["vocab_size"], s["tokenizer"]) for runs in groups.values() for s, _ in runs}
     loss, unit = ("val_loss", "nats per token") if len(kinds) == 1 else ("bits_per_byte", "bits per byte")
-    result = {"loss": loss, "unit": unit, "groups": {}, "sooner_by": {}, "joint": [label for label, runs in groups.items() if runs[0][0].get("joint")]}
+    result = {"loss": loss, "unit": unit, "groups": {}, "sooner_by": {}}
     for label, runs in groups.items():
         entry = result["groups"][label] = {"runs": [s["name"] for s, _ in runs]}
         curves = {key: [series(lines, key)[1] for _, lines in runs]
@@ -205,8 +204,6 @@ def comparison_table(result):
                     + f"{untrained:>21} {figure(entry, 'fewshot_chance'):>8}")
         errors = [f"{FEWSHOT[key]} {entry[error]['mean']:.1%}" for key, error in STANDARD_ERROR.items() if error in entry]
         rows.append(f"{'':<20} standard error over episodes: {', '.join(errors)}" if errors else "")
-    if result["joint"]:
-        rows.append(f"the heads of {', '.join(result['joint'])} read before the word, where the previous token helps; other heads at the mask")
     first = next(iter(result["groups"]))
     ratio = lambda entry, i: "never reached" if entry["mean"][i] is None else f"{entry['mean'][i]:.2f}x" + (f" +- {entry['sd'][i]:.2f}" if entry["sd"] else "")
     for label, entry in result["sooner_by"].items():

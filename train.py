@@ -2,7 +2,6 @@
 
     python train.py --size 11m --meta          # hybrid: next-token steps and first-order MAML steps, by a coin
     python train.py --size 11m                 # vanilla: next-token steps only
-    python train.py --size 11m --joint 0.3     # next-token steps that carry a meta loss on the same pass
     torchrun --standalone --nproc_per_node=2 train.py --size 65m --meta    # on two GPUs, or two processes of a CPU
 
 Writes runs/<name>/: config.json, metrics.jsonl (a JSON object a line), ckpt.pt, dynamics.png. Every random choice
@@ -27,14 +26,13 @@ from tqdm import tqdm
 import data
 import probe
 from checkpoint import load_checkpoint, lock_run, read_settings, save_checkpoint, without_nan, write_atomically
-from meta import FEWSHOT_QUERIES, MetaHead, batch_meta_flops, batch_meta_loss, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
+from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
 from model import SIZES, Config, Decoder, Parser, lm_flops, pick_device, precision
 from report import in_words, status, summary
 
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
 FLUSH_EVERY = 10  # updates between looks at the losses: on a GPU a look waits for the device
 HEAD_SHARE = 0.1  # the meta head's part of the learning rate: at all of it the inner loop lost its grip on the head
-JOINT = {"meta": True, "n_way": 128, "n_query": 8, "head": "linear", "inner_lr": 1.0, "meta_start": 0.0}  # the defaults with --joint
 EVAL_TOKENS, EVAL_BATCH = 16_384, 2048  # validation tokens, and of these at a time
 PATIENCE = 10  # updates in a row whose loss or gradient is not finite, after which a run is given up
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
@@ -57,7 +55,7 @@ def parse(argv=None):
         return convert
 
     run = parser.add_argument_group("run")
-    run.add_argument("--name", help="folder of the run (default: SIZE-meta, -joint or -vanilla, then -sN for seed N > 0)")
+    run.add_argument("--name", help="folder of the run (default: SIZE-meta or SIZE-vanilla, then -sN for seed N > 0)")
     run.add_argument("--runs", default="runs", help="folder that holds the runs")
     run.add_argument("--seed", type=number(int, 0), default=0, help="source of every random choice")
     run.add_argument("--resume", action="store_true", help="continue a stopped run; --steps may be raised")
@@ -85,31 +83,19 @@ def parse(argv=None):
 
     meta = parser.add_argument_group("meta-learning")
     meta.add_argument("--meta", action="store_true", help="mix in meta steps")
-    meta.add_argument("--joint", type=number(float, 0), default=0.0, metavar="WEIGHT", help="instead of meta steps: the weight (try 0.3) of a meta loss "
-                      "that next-token updates carry on the same pass, of episodes of the tokens that repeat in their batch; it fades to 0 at --meta-stop. "
-                      "It changes defaults: " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in JOINT.items() if key != "meta"))
     meta.add_argument("--hybrid-ratio", type=number(float, 0, 1), default=0.5, help="probability that an update is a meta step, from --meta-start on")
-    meta.add_argument("--meta-start", type=number(float, 0, 1), default=0.25, help="share of the updates before meta-learning begins: "
-                      "until then the states tell nothing, and adapting a deep head to them does harm")
-    meta.add_argument("--meta-stop", type=number(float, 0, 1), default=1.0, help="share of the updates after which it ends")
-    meta.add_argument("--n-way", type=number(int, 2), default=32, help="words per episode (with --joint: at most, as of the examples)")
+    meta.add_argument("--meta-start", type=number(float, 0, 1), default=0.25, help="share of the updates before the first meta step: "
+                      "until then the states tell nothing, and adapting to them does harm")
+    meta.add_argument("--n-way", type=number(int, 2), default=32, help="words per episode")
     meta.add_argument("--k-shot", type=number(int, 1), default=4, help="support examples per word")
     meta.add_argument("--n-query", type=number(int, 1), default=2, help="query examples per word")
     meta.add_argument("--episode-len", type=number(int, 2, 2048), default=32, help="tokens per example; the last is the masked word")
     meta.add_argument("--inner", choices=["head", "all"], default="head", help="what the inner loop adapts")
     meta.add_argument("--inner-steps", type=number(int, 0), default=10, help="SGD steps on the support set")
     meta.add_argument("--inner-lr", type=number(float, 0), default=0.1, help="their learning rate")
-    meta.add_argument("--head", choices=["slots", "words", "linear"], default="slots", help="an MLP with fresh labels in each episode, "
-                      "an MLP with a row per word, or one linear layer with fresh labels")
+    meta.add_argument("--head", choices=["slots", "words"], default="slots", help="fresh labels in each episode, or a row per word")
     meta.add_argument("--second-order", action="store_true", help="full MAML: differentiate through the inner loop")
     args = parser.parse_args(argv)
-    if args.joint:
-        parser.set_defaults(**JOINT)
-        args = parser.parse_args(argv)
-        if args.head == "words" or args.inner == "all":
-            parser.error("--joint adapts a head with fresh labels: it goes with --head linear or slots and --inner head")
-    if args.meta and args.meta_stop <= args.meta_start:
-        parser.error(f"--meta-stop {args.meta_stop:g} leaves no meta-learning: it must be above --meta-start {args.meta_start:g}")
 
     if args.batch_size % args.grad_accum:
         parser.error(f"--batch-size {args.batch_size} must be a multiple of --grad-accum {args.grad_accum}")
@@ -118,15 +104,10 @@ def parse(argv=None):
     if args.lr is None:
         args.lr = 0.75 / SIZES[args.size]
     if args.name is None:
-        args.name = f"{args.size}-{'joint' if args.joint else 'meta' if args.meta else 'vanilla'}" + (f"-s{args.seed}" if args.seed else "")
+        args.name = f"{args.size}-{'meta' if args.meta else 'vanilla'}" + (f"-s{args.seed}" if args.seed else "")
     if Path(args.name).name != args.name or args.name in (".", ".."):
         parser.error(f"--name {args.name} must be a plain folder name; --runs says where it lies")
     return args, parser
-
-
-def joint_weight(step, args):
-    """The weight of the meta loss on the same pass: it fades linearly from --joint at --meta-start to zero at --meta-stop."""
-    return args.joint * (args.meta_stop * args.steps - step) / ((args.meta_stop - args.meta_start) * args.steps)
 
 
 def learning_rate(step, args):
@@ -135,13 +116,9 @@ def learning_rate(step, args):
     return args.lr * min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
 
 
-def is_meta_time(step, args):
-    return args.meta and args.meta_start * args.steps <= step < args.meta_stop * args.steps
-
-
 def is_meta_step(step, args):
     """The coin of step `step`: a function of the seed alone. It is thrown once the decoder knows something."""
-    return not args.joint and is_meta_time(step, args) and np.random.default_rng([args.seed, step, 2]).random() < args.hybrid_ratio
+    return args.meta and step >= args.meta_start * args.steps and np.random.default_rng([args.seed, step, 2]).random() < args.hybrid_ratio
 
 
 @torch.no_grad()
@@ -152,7 +129,7 @@ def evaluate(decoder, head, corpus, windows, fewshot, args, device):
     n_bytes = corpus.token_bytes[windows[:, 1:].numpy()].sum()
     report = {"val_loss": nats, "bits_per_byte": nats * windows[:, 1:].numel() / math.log(2) / max(1, n_bytes)}
     return report | evaluate_fewshot(decoder.model, head, fewshot, args.n_way, args.k_shot, device,
-                                     args.inner, args.inner_steps, args.inner_lr, masked=not args.joint)
+                                     args.inner, args.inner_steps, args.inner_lr)
 
 
 def sum_over_processes(gradients, figures):
@@ -234,8 +211,7 @@ def train(args):
         if len(tokens) <= (rows + 1) * args.seq_len:
             raise data.DataError(f"the text is too short: its {part} part has {len(tokens)} tokens, one batch needs "
                                  f"{(rows + 1) * args.seq_len + 1}; use more text, or a smaller --batch-size or --seq-len")
-    sampler = data.EpisodeSampler(corpus, args.n_way, args.k_shot, args.n_query, args.episode_len) if args.meta and not args.joint else None
-    held_out = corpus.index.words[corpus.index.is_held_out]
+    sampler = data.EpisodeSampler(corpus, args.n_way, args.k_shot, args.n_query, args.episode_len) if args.meta else None
     windows = data.validation_windows(corpus.val, args.seq_len, max(1, EVAL_TOKENS // args.seq_len))
     fewshot = fewshot_rows(corpus, args.episode_len, args.k_shot + FEWSHOT_QUERIES)
 
@@ -282,15 +258,8 @@ def train(args):
     def lm_micro_batch(i):
         rows = args.batch_size // args.grad_accum
         ids, targets = data.lm_batch(corpus.train, spent["lm_steps"] * args.grad_accum + i, rows, args.seq_len, args.seed)
-        hidden = decoder.model(data.to_device(ids, device))  # (B, T, D)
-        figures = {"loss": decoder.loss_of(hidden, data.to_device(targets, device))}
-        flops = lm_flops(config, rows, args.seq_len)
-        if args.joint and is_meta_time(spent["step"], args):
-            n_way, repeats = data.batch_episode(targets, held_out, args.n_way, args.k_shot, args.n_query, args.seed, spent["step"], i)
-            figures |= zip(("query_loss", "support_accuracy", "query_accuracy", "chance"), batch_meta_loss(
-                hidden.flatten(0, 1), head, n_way, [data.to_device(part, device) for part in repeats], args.inner_steps, args.inner_lr, args.second_order))
-            flops += batch_meta_flops(head, args.n_way, args.k_shot, args.n_query, args.inner_steps, args.second_order)
-        return figures, ids.numel(), flops
+        loss = decoder.loss(data.to_device(ids, device), data.to_device(targets, device))
+        return {"loss": loss}, ids.numel(), lm_flops(config, rows, args.seq_len)
 
     def meta_micro_batch(i):
         episode = sampler.draw(args.seed, spent["step"], i).to(device)
@@ -307,8 +276,7 @@ def train(args):
         for i in range(RANK * share, (RANK + 1) * share):  # numbered over all processes
             with autocast:
                 new, tokens, flops = meta_micro_batch(i) if meta_step else lm_micro_batch(i)
-            extra = joint_weight(spent["step"], args) * new["query_loss"] if "query_loss" in new else 0
-            ((new["loss"] + extra) / args.grad_accum).backward()
+            (new["loss"] / args.grad_accum).backward()
             figures = {key: figures.get(key, 0.0) + value.detach() / args.grad_accum for key, value in new.items()}
             spent["tokens"] += tokens * WORLD
             spent["flops"] += flops * WORLD

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
-import torch
 
 import data
 import meta
@@ -276,25 +275,3 @@ def test_show_tells_what_a_corpus_holds(corpus, text_file):
     for label, word in enumerate(corpus.index.words[episode.words]):
         name = corpus.encoding.decode([int(word)]).strip()
         assert f"{label}: {name}" in answers and not any(name in row.split() for row, _ in rows)
-
-
-def test_batch_episode_is_made_of_the_tokens_that_repeat():
-    targets = torch.randint(40, (4, 16), generator=torch.Generator().manual_seed(0))
-    flat, held_out = targets.flatten(), [3, 5, 7]
-    counts = torch.bincount(flat, minlength=40)
-    usable = {token for token in range(40) if counts[token] > 1 and token not in held_out}
-    n_way, (support, support_labels, query, query_labels) = data.batch_episode(targets, held_out, 99, 2, 3, 1, 2)
-    tokens = {}
-    for at, label in zip(torch.cat([support, query]).tolist(), torch.cat([support_labels, query_labels]).tolist()):
-        tokens.setdefault(label, set()).add(flat[at].item())
-    assert all(len(kinds) == 1 for kinds in tokens.values()) and set.union(*tokens.values()) == usable and len(usable) == len(tokens) == n_way > 10
-    assert not set(support.tolist()) & set(query.tolist()) and len(set(support.tolist())) == len(support) and len(set(query.tolist())) == len(query)
-    for label, (token,) in tokens.items():
-        shots = min(2, counts[token].item() // 2)
-        assert (support_labels == label).sum() == shots and (query_labels == label).sum() == min(3, counts[token] - shots)
-    again, other = (data.batch_episode(targets, held_out, 99, 2, 3, 1, number)[1][1:] for number in (2, 3))
-    assert all(map(torch.equal, again, (support_labels, query, query_labels))) and not torch.equal(other[1], query)  # labels and places are fresh
-    n_way, repeats = data.batch_episode(targets, held_out, 4, 2, 3, 1)
-    assert n_way == 4 and set(repeats[1].tolist()) == set(repeats[3].tolist()) == set(range(4))
-    n_way, repeats = data.batch_episode(torch.arange(10).view(2, 5), [], 4, 2, 3, 1)
-    assert n_way == 0 and [len(part) for part in repeats] == [0] * 4

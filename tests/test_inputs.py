@@ -80,8 +80,6 @@ FLAGS = {  # of train.py
     "lr nan": (["--lr", "nan"], "at least 0"),
     "vocabulary": (["--vocab-size", 70000], "65536"),
     "accumulation": (["--grad-accum", 3], "multiple"),
-    "no time for meta": (["--meta", "--meta-stop", 0.2], "above --meta-start"),
-    "joint with rows": (["--joint", 0.3, "--head", "words"], "--head linear"),
     "device": (["--device", "warp"], "--device"),
     "name": (["--name", "../elsewhere"], "plain folder name"),
     "runs is a file": (["--runs", "short.txt"], "cannot write"),

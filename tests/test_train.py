@@ -59,20 +59,11 @@ def test_hybrid_run_writes_everything_and_learns(script, tmp_path):
     assert shown.stdout == script("model.py", folder, "--prompt", "The ", "--tokens", 30, "--seed", 1).stdout
 
 
-def test_joint_weight_fades_and_replaces_the_coin():
-    args, _ = train.parse(["--joint", "0.4", "--meta-start", "0.2", "--meta-stop", "0.6", "--steps", "100"])
-    assert [round(train.joint_weight(step, args), 9) for step in (20, 40, 60)] == [0.4, 0.2, 0]
-    assert [step for step in range(100) if train.is_meta_time(step, args)] == list(range(20, 60))
-    assert args.meta and args.n_way == 128 and args.head == "linear" and not any(train.is_meta_step(step, args) for step in range(100))
-    args, _ = train.parse(["--meta", "--hybrid-ratio", "1", "--meta-start", "0.2", "--meta-stop", "0.6", "--steps", "100"])
-    assert [step for step in range(100) if train.is_meta_step(step, args)] == list(range(20, 60)) and args.n_way == 32
-
-
 def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, corpus, cache, text_file, tmp_path):
     seen = {}
     original = train.data.lm_batch
     monkeypatch.chdir(tmp_path)
-    for name, extra in (("vanilla", []), ("hybrid", ["--meta"]), ("joint", ["--joint", "0.3"])):
+    for name, extra in (("vanilla", []), ("hybrid", ["--meta"])):
         batches = seen[name] = []
         monkeypatch.setattr(train.data, "lm_batch", lambda *a: batches.append(original(*a)[0]) or original(*a))
         args, _ = train.parse(["--data", str(text_file), "--cache", str(cache), "--vocab-size", "2048", "--batch-size", "4", "--seq-len", "32",
@@ -83,12 +74,7 @@ def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, c
         for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(s, handler)
     assert len(seen["vanilla"]) == 24 and 0 < len(seen["hybrid"]) < 24 and seen["vanilla"][0].shape == (2, 32)
-    assert all(torch.equal(a, b) for name in ("hybrid", "joint") for a, b in zip(seen["vanilla"], seen[name]))
-    updates = {name: [line for line in read(tmp_path / "runs" / name) if "kind" in line] for name in seen}
-    assert ["query_loss" in line for line in updates["joint"]] == [True] * 12 and len(seen["joint"]) == 24
-    assert updates["joint"][0]["loss"] == updates["vanilla"][0]["loss"]  # the next-token loss alone is logged as the loss,
-    assert updates["joint"][0]["grad_norm"] != updates["vanilla"][0]["grad_norm"] and updates["joint"][5]["loss"] != updates["vanilla"][5]["loss"]
-    assert 1 < updates["joint"][0]["flops"] / updates["vanilla"][0]["flops"] < 1.3
+    assert all(torch.equal(a, b) for a, b in zip(seen["vanilla"], seen["hybrid"]))
 
 
 def test_another_configuration_in_the_folder_is_refused(script, tmp_path):
