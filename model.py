@@ -10,6 +10,7 @@ biases, untied embeddings. Parameter names and the rotary convention are those o
 """
 import argparse
 import codecs
+import importlib.util
 import json
 import math
 import struct
@@ -197,9 +198,18 @@ class Decoder(nn.Module):
         """Logits (B, T, V) of the token after each of ids (B, T). Training uses `loss`, which never holds them all."""
         return self.lm_head(self.model(ids, caches))
 
-    def loss(self, ids, targets):
-        """Mean next-token cross-entropy in nats of ids (B, T) against targets (B, T), as a scalar tensor."""
-        return cross_entropy(self.model(ids).flatten(0, 1), self.lm_head.weight, targets.flatten())
+    def loss(self, ids, targets, backbone=None):
+        """Mean next-token cross-entropy in nats of ids (B, T) against targets (B, T), as a scalar tensor; through `backbone`,
+        if given, which `compiled` made of model."""
+        hidden = (self.model if backbone is None else backbone)(ids)  # (B, T, D)
+        return cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+
+def compiled(backbone):
+    """The backbone, compiled if it is on a GPU and Triton is here, once for each shape it meets: for training steps, which have
+    few, and first derivatives. Evaluation and sampling, whose shapes are many, go through the backbone itself."""
+    on_gpu = backbone.cos.device.type == "cuda" and importlib.util.find_spec("triton")
+    return torch.compile(backbone, dynamic=False) if on_gpu else backbone
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

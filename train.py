@@ -27,7 +27,7 @@ import data
 import probe
 from checkpoint import load_checkpoint, lock_run, read_settings, save_checkpoint, without_nan, write_atomically
 from meta import FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops, meta_loss
-from model import SIZES, Config, Decoder, Parser, lm_flops, pick_device, precision
+from model import SIZES, Config, Decoder, Parser, compiled, lm_flops, pick_device, precision
 from report import in_words, status, summary
 
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
@@ -251,19 +251,18 @@ def train(args):
         write_atomically(folder / "config.json", json.dumps(settings, indent=1))
         write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
         log, lines = open_log(folder / "metrics.jsonl", spent["step"] if checkpoint else -1)
-    if device.type == "cuda":
-        decoder.model.compile()
+    backbone = compiled(decoder.model) if args.inner == "head" else decoder.model  # a compiled one has no second derivative
     autocast = precision(device)
 
     def lm_micro_batch(i):
         rows = args.batch_size // args.grad_accum
         ids, targets = data.lm_batch(corpus.train, spent["lm_steps"] * args.grad_accum + i, rows, args.seq_len, args.seed)
-        loss = decoder.loss(data.to_device(ids, device), data.to_device(targets, device))
+        loss = decoder.loss(data.to_device(ids, device), data.to_device(targets, device), backbone)
         return {"loss": loss}, ids.numel(), lm_flops(config, rows, args.seq_len)
 
     def meta_micro_batch(i):
         episode = sampler.draw(args.seed, spent["step"], i).to(device)
-        loss, support, query = meta_loss(decoder.model, head, episode, args.inner, args.inner_steps, args.inner_lr, args.second_order)
+        loss, support, query = meta_loss(backbone, head, episode, args.inner, args.inner_steps, args.inner_lr, args.second_order)
         flops = meta_flops(config, head, args.n_way, args.k_shot, args.n_query, args.episode_len,
                            args.inner, args.inner_steps, args.second_order)
         return ({"loss": loss, "support_accuracy": support, "query_accuracy": query},

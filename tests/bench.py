@@ -23,7 +23,7 @@ import data  # noqa: E402
 import probe  # noqa: E402
 import report  # noqa: E402
 from meta import HIDDEN, MetaHead, meta_flops, meta_loss  # noqa: E402
-from model import SIZES, Config, Decoder, backbone_flops, lm_flops, pick_device, precision  # noqa: E402
+from model import SIZES, Config, Decoder, backbone_flops, compiled, lm_flops, pick_device, precision  # noqa: E402
 
 BATCH, LENGTH = 8, 256                                    # a next-token step
 WAY, SHOT, QUERY, ROW, INNER_STEPS = 32, 4, 2, 32, 10     # a meta step
@@ -47,13 +47,13 @@ def one_step(size, length):
     """In a process of its own: tokens per second of next-token steps of 2048 tokens, and peak memory."""
     device = pick_device()
     decoder = Decoder(Config(SIZES[size]), torch.Generator().manual_seed(0)).to(device)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
+    optimizer, backbone = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True), compiled(decoder.model)
     batch = torch.randint(50304, (2048 // length, length + 1), device=device)
     times = []
     for _ in range(3):
         started = time.perf_counter()
         with precision(device):
-            decoder.loss(batch[:, :-1], batch[:, 1:]).backward()
+            decoder.loss(batch[:, :-1], batch[:, 1:], backbone).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
@@ -120,22 +120,24 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
+    backbone = compiled(decoder.model)
+
     def next_token():
         with autocast:
-            update(decoder.loss(batch[:, :-1], batch[:, 1:]))
+            update(decoder.loss(batch[:, :-1], batch[:, 1:], backbone))
 
     def plain():
         update(F.cross_entropy(decoder(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()))
 
     def meta(inner):
         with autocast:
-            update(meta_loss(decoder.model, head, episode, inner, INNER_STEPS, 0.1)[0])
+            update(meta_loss(backbone if inner == "head" else decoder.model, head, episode, inner, INNER_STEPS, 0.1)[0])
 
     def backbone_share(support=episode.support_ids, query=episode.query_ids):
         with autocast:
             with torch.no_grad():
-                decoder.model(support)
-            update(decoder.model(query)[:, -1].sum())
+                backbone(support)
+            update(backbone(query)[:, -1].sum())
 
     def papers_way():
         def loss(fast):
@@ -152,7 +154,7 @@ def main():
         rows = paper_ids.reshape(-1, ROW)
         label = torch.arange(8, device=device).repeat_interleave(2)
         with autocast:
-            update(meta_loss(decoder.model, head, data.Episode(rows[:16], label, rows[16:], label, label[::2]), "head", INNER_STEPS, 0.1)[0])
+            update(meta_loss(backbone, head, data.Episode(rows[:16], label, rows[16:], label, label[::2]), "head", INNER_STEPS, 0.1)[0])
 
     def seconds(repeats, *steps):
         """The median time of each step over `repeats` rounds, in which they take turns, after one round that warms up:

@@ -3,6 +3,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,18 @@ def start(start_in, tmp_path):
 def script(start):
     """script(name, *flags) -> CompletedProcess."""
     return lambda *args, **kwargs: start(*args, **kwargs).finish()
+
+
+@pytest.fixture
+def train_here(monkeypatch, tmp_path, cache, text_file):
+    """train_here(*flags) -> train.train's exit code, on the small text, in an empty folder and in this process; or, with main=True, all of train.main."""
+    import train
+    monkeypatch.chdir(tmp_path)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(*flags, main=False):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, ("--data", text_file, "--cache", cache, *SMALL, "--quiet", *flags))])
+        return train.main() if main else train.train(train.parse()[0])
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)

@@ -148,35 +148,22 @@ def test_two_processes_train_as_one_does(start, script, tmp_path):
     assert more.returncode == 0 and read(tmp_path / "runs" / "two")[-1]["step"] == 13, more.stderr
 
 
-def train_here(monkeypatch, tmp_path, cache, text_file, *flags, main=False):
-    """train.train, or all of train.main, in this process."""
-    monkeypatch.chdir(tmp_path)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    flags = ("--data", text_file, "--cache", cache, "--vocab-size", 2048, "--batch-size", 4, "--seq-len", 32, "--quiet", *flags)
-    monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
-    try:
-        return train.main() if main else train.train(train.parse()[0])
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-
-
 def poison(monkeypatch, bad):
     """Multiply the loss of the updates whose number is in `bad` by infinity; returns the weights before each update."""
     weights, original = [], train.Decoder.loss
 
-    def loss(self, ids, targets):
+    def loss(self, *batch):
         if not torch.is_grad_enabled():
-            return original(self, ids, targets)
+            return original(self, *batch)
         weights.append(self.lm_head.weight.detach().clone())
-        return original(self, ids, targets) * (float("inf") if len(weights) - 1 in bad else 1.0)
+        return original(self, *batch) * (float("inf") if len(weights) - 1 in bad else 1.0)
     monkeypatch.setattr(train.Decoder, "loss", loss)
     return weights
 
 
-def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(monkeypatch, tmp_path, cache, text_file):
+def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(monkeypatch, tmp_path, train_here):
     weights = poison(monkeypatch, {2, 3, 6})
-    assert train_here(monkeypatch, tmp_path, cache, text_file, "--steps", 9, "--eval-every", 50, "--probe-every", 50, "--name", "bad") == 0
+    assert train_here("--steps", 9, "--eval-every", 50, "--probe-every", 50, "--name", "bad") == 0
     changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:])]
     assert changed == [i not in (2, 3, 6) for i in range(8)]
     text = (tmp_path / "runs" / "bad" / "metrics.jsonl").read_text()
@@ -189,20 +176,20 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(monkeypatch,
         assert moments["step"] == 6 and moments["exp_avg"].isfinite().all()
 
 
-def test_ten_in_a_row_stop_the_run_and_keep_the_last_checkpoint(monkeypatch, tmp_path, cache, text_file):
+def test_ten_in_a_row_stop_the_run_and_keep_the_last_checkpoint(monkeypatch, tmp_path, train_here):
     poison(monkeypatch, range(6, 99))
     with pytest.raises(train.Diverged, match="--lr"):
-        train_here(monkeypatch, tmp_path, cache, text_file, "--steps", 60, "--eval-every", 5, "--probe-every", 99, "--name", "bad")
+        train_here("--steps", 60, "--eval-every", 5, "--probe-every", 99, "--name", "bad")
     state = checkpoint.load_checkpoint(tmp_path / "runs" / "bad")
     assert state["step"] <= 15 and all(tensor.isfinite().all() for tensor in state["model"].values())
     assert read(tmp_path / "runs" / "bad")[-1]["step"] <= 25
 
 
-def test_weights_that_give_no_finite_validation_loss_are_not_saved(monkeypatch, tmp_path, cache, text_file):
+def test_weights_that_give_no_finite_validation_loss_are_not_saved(monkeypatch, tmp_path, train_here):
     original, calls = train.evaluate, []
     monkeypatch.setattr(train, "evaluate", lambda *args: original(*args) | (calls.append(args) or {} if not calls else {"val_loss": float("nan")}))
     with pytest.raises(train.Diverged, match="validation loss.*--lr"):
-        train_here(monkeypatch, tmp_path, cache, text_file, "--steps", 2, "--name", "bad")
+        train_here("--steps", 2, "--name", "bad")
     state = checkpoint.load_checkpoint(tmp_path / "runs" / "bad")
     assert state["step"] == 0 and read(tmp_path / "runs" / "bad")[-1]["val_loss"] is None
 
@@ -214,18 +201,18 @@ def test_settings_of_a_run(tmp_path):
     assert checkpoint.read_settings(tmp_path) == {"size": "11m", "vocab_size": 4096, "lr": 0.5, "name": "mine", "steps": 7}
 
 
-def test_a_full_disk_is_one_line_and_what_was_saved_stays(script, tmp_path, monkeypatch, cache, text_file, capsys):
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path, capsys, train_here):
     """A limit on the size of files stands for the disk: a checkpoint does not fit any more."""
     folder = tmp_path / "runs" / "full"
     flags = ("--eval-every", 3, "--probe-every", 99, "--name", "full")
-    assert train_here(monkeypatch, tmp_path, cache, text_file, *flags, "--steps", 3) == 0
+    assert train_here(*flags, "--steps", 3) == 0
     before = {name: (folder / name).read_bytes() for name in ("ckpt.pt", "metrics.jsonl")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     capsys.readouterr()
     try:
         with pytest.raises(SystemExit) as stopped:
-            train_here(monkeypatch, tmp_path, cache, text_file, *flags, "--steps", 6, "--resume", main=True)
+            train_here(*flags, "--steps", 6, "--resume", main=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err

@@ -1,5 +1,5 @@
+import functools
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -59,22 +59,30 @@ def test_hybrid_run_writes_everything_and_learns(script, tmp_path):
     assert shown.stdout == script("model.py", folder, "--prompt", "The ", "--tokens", 30, "--seed", 1).stdout
 
 
-def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, corpus, cache, text_file, tmp_path):
+def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, train_here):
     seen = {}
     original = train.data.lm_batch
-    monkeypatch.chdir(tmp_path)
     for name, extra in (("vanilla", []), ("hybrid", ["--meta"])):
         batches = seen[name] = []
         monkeypatch.setattr(train.data, "lm_batch", lambda *a: batches.append(original(*a)[0]) or original(*a))
-        args, _ = train.parse(["--data", str(text_file), "--cache", str(cache), "--vocab-size", "2048", "--batch-size", "4", "--seq-len", "32",
-                               "--n-way", "4", "--k-shot", "2", "--episode-len", "16", "--steps", "12", "--eval-every", "99", "--grad-accum", "2",
-                               "--probe-every", "99", "--quiet", "--name", name, *extra])
-        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-        assert train.train(args) == 0
-        for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-            signal.signal(s, handler)
+        assert train_here("--steps", 12, "--eval-every", 99, "--grad-accum", 2, "--probe-every", 99, "--name", name, *extra) == 0
     assert len(seen["vanilla"]) == 24 and 0 < len(seen["hybrid"]) < 24 and seen["vanilla"][0].shape == (2, 32)
     assert all(torch.equal(a, b) for a, b in zip(seen["vanilla"], seen["hybrid"]))
+
+
+def test_a_compiled_run_compiles_three_shapes_and_learns_the_same(monkeypatch, train_here, tmp_path):
+    """On a CPU, without a code generator: next-token, support and query rows are compiled; evaluation and the sample are not."""
+    shapes, losses = [], []
+    monkeypatch.setattr(train, "Config", functools.partial(train.Config, n_layer=2))
+
+    def record(graph, inputs):
+        shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and not x.is_floating_point())
+        return graph.forward
+    for name, compiled in (("plain", lambda backbone: backbone), ("compiled", functools.partial(torch.compile, backend=record, dynamic=False))):
+        monkeypatch.setattr(train, "compiled", compiled)
+        assert train_here("--meta", "--meta-start", 0, "--n-query", 1, "--steps", 12, "--eval-every", 6, "--name", name) == 0
+        losses.append([line["loss"] for line in read(tmp_path / "runs" / name) if "kind" in line])
+    assert sorted(shapes) == [(4, 16), (4, 32), (8, 16)] and losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 12
 
 
 def test_another_configuration_in_the_folder_is_refused(script, tmp_path):
