@@ -121,7 +121,7 @@ def read_settings(folder):
     try:
         settings = json.loads((Path(folder) / "config.json").read_text())
         return settings | {"name": str(settings.get("name", Path(folder).name)), "steps": int(settings.get("steps", 0)),
-                           "size": str(settings["size"]), "vocab_size": int(settings["vocab_size"])}
+                           "size": str(settings["size"]), "vocab_size": int(settings["vocab_size"]), "seed": int(settings.get("seed", 0))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"{folder} is not a run: it has no readable config.json (train.py makes runs)") from None
 

@@ -117,11 +117,9 @@ def meta_flops(config, head, n_way, k_shot, n_query, length, inner, inner_steps,
     support, query = 2 * n_way * k_shot * weights, 2 * n_way * n_query * weights  # the head, forward
     support_backbone = backbone_flops(config, n_way * k_shot, length)
     outer = 3 * (backbone_flops(config, n_way * n_query, length) + query) + support
-    if inner == "head" and not second_order:  # no gradient to the constant support states
+    if inner == "head":  # no gradient to the support states themselves; second order differentiates all of it again
         first = 2 * n_way * k_shot * head.trunk[0].weight.numel()
-        return outer + support_backbone + inner_steps * (3 * support - first)
-    if inner == "head":                       # each inner step, forward and backward, is differentiated again
-        return outer + 3 * support_backbone + inner_steps * 9 * support
+        return outer + (3 if second_order else 1) * (support_backbone + inner_steps * (3 * support - first))
     return outer + support_backbone + inner_steps * (9 if second_order else 3) * (support_backbone + support)
 
 

@@ -27,7 +27,7 @@ import data
 from checkpoint import fingerprint, write_atomically
 from model import Decoder, Parser, load_run, pick_device, precision
 from probe import new_figure, save_figure
-from report import group_runs
+from report import group_runs, interval
 
 TYPES = ["PER", "ORG", "LOC"]
 TAGS = ["O"] + [f"{prefix}-{kind}" for kind in TYPES for prefix in "BI"]
@@ -273,22 +273,22 @@ def scores(counts):
 
 
 def bootstrap(first, second, resamples=1000):
-    """(resamples,) of F1, mean over runs and tunings, of the second group minus the first, counts (runs, tunings, S, 3):
-    sentences, runs, and tunings of a run are drawn with replacement, the same for both (paired bootstrap: Koehn 2004)."""
-    runs, tunings, n, _ = first.shape
+    """(resamples,) of F1, mean over seeds, of the second model minus the first, counts (seeds, S, 3): sentences and
+    seeds are drawn with replacement, the same for both models (paired bootstrap: Koehn 2004)."""
+    seeds, n, _ = first.shape
     rng = np.random.default_rng(0)
+    drawn = rng.integers(seeds, size=(resamples, seeds))  # first, and so the same for all test treebanks
     times = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)  # (R, S) how often each sentence is drawn
-    f1 = [scores(np.tensordot(times, counts, axes=(1, 2)))[..., 2] for counts in (first, second)]  # (R, runs, tunings) each
-    run, tuning = (rng.integers(high, size=(resamples, runs, width)) for high, width in ((runs, 1), (tunings, tunings)))
-    return (f1[1] - f1[0])[np.arange(resamples)[:, None, None], run, tuning].mean(axis=(1, 2))
+    f1 = [scores(np.tensordot(times, counts, axes=(1, 1)))[..., 2] for counts in (first, second)]  # (R, seeds) each
+    return np.take_along_axis(f1[1] - f1[0], drawn, axis=1).mean(axis=1)
 
 
 # ---- the grid ----------------------------------------------------------------------------------------------
 
 def load_models(runs, scratch):
-    """({name: (decoder on the CPU, encoding)} of run folders, {group: names} that differ in their seed alone); with scratch also
-    what the first run of each size and seed was before its first update. Raises ValueError and DataError."""
-    models, controls, found, untrained = {}, {}, [], []
+    """({name: (decoder on the CPU, encoding)} of run folders, {group: {seed: name}} of those that differ in their seed alone); with scratch
+    also what the first run of each size, vocabulary and seed was before its first update. Raises ValueError and DataError."""
+    models, controls, found, untrained = {}, {}, [], {}
     for run in runs:
         name = Path(run).resolve().name
         if name in models:
@@ -296,11 +296,14 @@ def load_models(runs, scratch):
         decoder, settings = load_run(run)
         models[name] = decoder, data.load_encoding(run)
         found.append((settings | {"name": name}, name))
-        start = {"size": settings["size"], "seed": settings["seed"], "name": f"scratch-{settings['size']}" + f"-s{settings['seed']}" * (settings["seed"] > 0)}
-        if scratch and start["name"] not in controls:
-            controls[start["name"]] = Decoder(decoder.config, torch.Generator().manual_seed(start["seed"])), models[name][1]
-            untrained.append((start, start["name"]))
-    return models | controls, {label: [name for _, name in members] for label, members in group_runs(found + untrained).items()}
+        start = {key: settings[key] for key in ("size", "vocab_size", "seed")}
+        control = f"scratch-{settings['size']}" + f"-s{settings['seed']}" * (settings["seed"] > 0)
+        control += f"-{settings['vocab_size']}" * (control in controls)
+        if scratch and tuple(start.values()) not in untrained:
+            controls[control] = Decoder(decoder.config, torch.Generator().manual_seed(start["seed"])), models[name][1]
+            untrained[tuple(start.values())] = start | {"name": control}, control
+    groups = group_runs(found + list(untrained.values()))
+    return models | controls, {label: {settings["seed"]: name for settings, name in members} for label, members in groups.items()}
 
 
 def read_cells(path):
@@ -365,32 +368,33 @@ def run_grid(args, models, treebanks, cells):
 
 def report(args, groups, cells):
     """A Markdown table: F1 in points (mean ± standard deviation over runs and tunings) and tuning speed of each group of
-    runs, and the F1 difference of the first two (95 % bootstrap interval), which is also drawn to ner.png."""
-    get = lambda key, group, mode, train, test: np.array([[cells[run, train, mode, seed, test][key] for seed in range(args.seeds)]
-                                                          for run in groups[group]])  # (runs, tunings, ...)
+    runs, and the F1 difference of the first two (95 % interval), seed by seed, which is also drawn to ner.png."""
+    get = lambda key, runs, mode, train, test: np.array([[cells[run, train, mode, seed, test][key] for seed in range(args.seeds)] for run in runs])
     show = lambda values, form: "-" if None in values else format(np.mean(values), form)
     spread = lambda f1: f"{100 * np.mean(f1):.1f}" + (f" ± {100 * np.std(f1, ddof=1):.1f}" if f1.size > 1 else "")
-    interval = lambda value, draws: "{:+.1f} [{:+.1f}, {:+.1f}]".format(value, *np.percentile(draws, [2.5, 97.5]))
+    in_words = lambda *found: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval(*found))
     rows = [["mode", "train", "run", *args.test, "t90 (steps)", "AUC (nats)", "slope (nats/step)"], ["---"] * (6 + len(args.test))]
-    pair, differences = list(groups)[:2], []  # (observed, (R,) resampled) in points, by mode, train and test
+    labels, differences = list(groups), []  # ((n,) of the pairs, (R,) resampled) in points, by mode, train and test
+    first, second = (groups[label] for label in labels[:2]) if len(labels) > 1 else ({}, {})
+    seeds = sorted(first.keys() & second.keys())
+    pairs = [(first[seed], second[seed]) for seed in seeds] or list(zip(first.values(), second.values()))
     for mode, train in itertools.product(args.mode, args.train):
-        for group in groups:
-            speed = [show(get(key, group, mode, train, args.test[0]), form) for key, form in {"t90": ".0f", "auc": ".4f", "slope": ".1e"}.items()]
-            label = group + f" ({len(groups[group])} seeds)" * (len(groups[group]) > 1)
-            rows.append([mode, train, label, *(spread(get("f1", group, mode, train, test)) for test in args.test), *speed])
-        if len(pair) > 1:
+        for label, runs in groups.items():
+            speed = [show(get(key, runs.values(), mode, train, args.test[0]), form) for key, form in {"t90": ".0f", "auc": ".4f", "slope": ".1e"}.items()]
+            f1 = (spread(get("f1", runs.values(), mode, train, test)) for test in args.test)
+            rows.append([mode, train, label + f" ({len(runs)} runs)" * (len(runs) > 1), *f1, *speed])
+        if pairs:
             for test in args.test:
-                observed = np.subtract(*(np.mean(get("f1", group, mode, train, test)) for group in pair[::-1]))
-                first, second = (get("counts", group, mode, train, test) for group in pair)  # (runs, tunings, S, 3)
-                if len(first) != len(second):  # not the same seeds: each against each
-                    first, second = first.repeat(len(second), axis=0), np.tile(second, (len(first), 1, 1, 1))
-                differences.append((100 * observed, 100 * bootstrap(first, second)))
-            rows.append([mode, train, f"{pair[1]} − {pair[0]}", *(interval(*found) for found in differences[-len(args.test):]), "", "", ""])
+                one, two = (get("f1", runs, mode, train, test).mean(axis=1) for runs in zip(*pairs))            # (pairs,) each
+                counts = (get("counts", [run], mode, train, test)[0] for run in pairs[0])                       # (tunings, S, 3) each
+                differences.append((100 * (two - one), 100 * bootstrap(*counts)))
+            rows.append([mode, train, f"{labels[1]} − {labels[0]}", *(in_words(*found) for found in differences[-len(args.test):]), "", "", ""])
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    if differences:
-        title = f"{pair[1]} − {pair[0]}: {interval(*(np.mean(column, axis=0) for column in zip(*differences)))} F1 points on average"
-        draw_differences(args, [value for value, _ in differences], title)
-        text += f"\n\n{title} (95 % interval over sentences, runs of a group and tunings)"
+    if pairs:
+        title = f"{labels[1]} − {labels[0]}: {in_words(*(np.mean(column, axis=0) for column in zip(*differences)))} F1 points on average"
+        draw_differences(args, [values.mean() for values, _ in differences], title)
+        over = f"t over {len(pairs)} pairs of pretraining runs" if len(pairs) > 1 else "bootstrap over sentences and tunings; other pretraining seeds would differ more"
+        text += f"\n\n{title} (95 % interval, {over})"
     return text
 
 
@@ -415,7 +419,7 @@ def main():
     parser = Parser(description="Tune a word tagger on each run for Universal NER, score it, and compare the runs.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of trained runs; those that differ in their seed alone are one group, and the first two groups are compared")
-    add("--scratch", action="store_true", help="add an untrained decoder of the same size: what did pretraining buy?")
+    add("--scratch", action="store_true", help="add each run's decoder as it was before training: what did pretraining buy?")
     add("--train", nargs="+", default=["en_ewt"], metavar="T", choices=[*TRAINED, "toy", "all"],
         help=f"treebanks to tune on (default: en_ewt): {', '.join(TRAINED)}, toy (made up), all (as one)")
     add("--test", nargs="+", default=["en_ewt"], metavar="T", choices=[*TRAINED, *TEST_ONLY, "toy"],

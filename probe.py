@@ -336,7 +336,7 @@ def draw_dynamics(figure, lines, settings):
         panel(map_ax, f"{name}, by layer", "layer (0 reads the text)")
         for ax in (line_ax, map_ax):
             log_steps(ax, edges[-1])
-    kind = f"meta steps in {settings['hybrid_ratio'] * (1 - settings.get('meta_start', 0)):.1%} of updates" if settings.get("meta") else "vanilla"
+    kind = f"meta steps in {settings.get('hybrid_ratio', 0) * (1 - settings.get('meta_start', 0)):.1%} of updates" if settings.get("meta") else "vanilla"
     figure.suptitle(f"{settings['name']}: {settings['size']}, {kind}, {last:,} of {settings['steps']:,} updates, seed {settings.get('seed', 0)}")
 
 

@@ -10,6 +10,7 @@ import math
 import platform
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -112,14 +113,15 @@ NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "devi
 
 def group_runs(runs):
     """{label: [(settings, lines)]} of runs [(settings, lines)]: those that differ in their seed alone are one group,
-    sorted by seed and labelled by the name of its first run."""
-    groups = {}
+    sorted by seed and labelled by the name of the first. A second run of one seed, which may be of other code, begins another group."""
+    groups, seen = {}, Counter()
     for settings, lines in runs:
         key = json.dumps({k: v for k, v in settings.items() if k not in NOT_A_CONFIGURATION}, sort_keys=True)
-        groups.setdefault(key, []).append((settings, lines))
-    labels = [members[0][0]["name"] for members in groups.values()]
-    labels = [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels, 1)]
-    return {label: sorted(members, key=lambda run: run[0]["seed"]) for label, members in zip(labels, groups.values())}
+        groups.setdefault((key, seen[key, settings["seed"]]), []).append((settings, lines))
+        seen[key, settings["seed"]] += 1
+    members = [sorted(group, key=lambda run: run[0]["seed"]) for group in groups.values()]
+    labels = [group[0][0]["name"] for group in members]
+    return {f"{label} ({i})" if labels.count(label) > 1 else label: group for i, (label, group) in enumerate(zip(labels, members), 1)}
 
 
 def first_reach(costs, losses, level):
@@ -147,6 +149,18 @@ def mean_and_spread(values):
     return {"mean": blank(values.mean(axis=0)), "sd": blank(values.std(axis=0, ddof=1)) if len(values) > 1 else None}
 
 
+STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # 97.5 % quantiles of t with 1, 2, ... degrees of freedom
+
+
+def interval(values, draws):
+    """(mean, low, high): 95 % for the mean difference of n pairs of runs, values (n,), by Student's t, since pretraining seeds
+    differ more than anything else; of a single pair by bootstrap draws (R,) of it, which know nothing of other seeds."""
+    if len(values) == 1:
+        return values[0], *np.percentile(draws, [2.5, 97.5])
+    half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5
+    return np.mean(values), np.mean(values) - half, np.mean(values) + half
+
+
 def mixed_loss(lines):
     """(updates, loss): the paper's own reading, training loss of whatever kind of update, mean of the last 50."""
     steps, loss = series(lines, "loss")
@@ -158,7 +172,7 @@ def compare(groups):
     """Compare the second and later groups with the first: a dict of the figures that the table and picture show.
 
     Runs on different texts or tokenizers are compared in bits per byte, since their nats per token differ in kind."""
-    kinds = {(s["corpus_sha256"], s["vocab_size"], s["tokenizer"]) for runs in groups.values() for s, _ in runs}
+    kinds = {(s.get("corpus_sha256"), s["vocab_size"], s.get("tokenizer")) for runs in groups.values() for s, _ in runs}
     loss, unit = ("val_loss", "nats per token") if len(kinds) == 1 else ("bits_per_byte", "bits per byte")
     result = {"loss": loss, "unit": unit, "groups": {}, "sooner_by": {}}
     for label, runs in groups.items():
@@ -228,7 +242,7 @@ def phase_counts(groups):
 
 def phase_count_table(counts):
     """phase_counts in words."""
-    rows = [f"\nin how many layers a curve does it (the table of phases of each run: python probe.py RUN)\n{'':<28}{'':<20}{'rise and fall':>16}{'fall and rise':>16}"]
+    rows = [f"\nin how many of its layers a curve does it (layer by layer: python probe.py RUN)\n{'':<28}{'':<20}{'rise and fall':>16}{'fall and rise':>16}"]
     for curve, labels in counts.items():
         for i, (label, kinds) in enumerate(labels.items()):
             figures = (f"{kind['mean']:.1f}" + (f" +- {kind['sd']:.1f}" if kind["sd"] is not None else "") for kind in kinds.values())

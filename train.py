@@ -251,7 +251,7 @@ def train(args):
         write_atomically(folder / "config.json", json.dumps(settings, indent=1))
         write_atomically(folder / "tokenizer.tiktoken", (corpus.folder / "tokenizer.tiktoken").read_bytes())
         log, lines = open_log(folder / "metrics.jsonl", spent["step"] if checkpoint else -1)
-    backbone = compiled(decoder.model) if args.inner == "head" else decoder.model  # a compiled one has no second derivative
+    backbone = compiled(decoder.model)
     autocast = precision(device)
 
     def lm_micro_batch(i):
@@ -262,7 +262,7 @@ def train(args):
 
     def meta_micro_batch(i):
         episode = sampler.draw(args.seed, spent["step"], i).to(device)
-        loss, support, query = meta_loss(backbone, head, episode, args.inner, args.inner_steps, args.inner_lr, args.second_order)
+        loss, support, query = meta_loss(backbone if args.inner == "head" else decoder.model, head, episode, args.inner, args.inner_steps, args.inner_lr, args.second_order)
         flops = meta_flops(config, head, args.n_way, args.k_shot, args.n_query, args.episode_len,
                            args.inner, args.inner_steps, args.second_order)
         return ({"loss": loss, "support_accuracy": support, "query_accuracy": query},

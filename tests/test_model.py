@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,17 @@ def test_parameter_counts(size, count):
     with torch.device("meta"):
         decoder = Decoder(Config(model.SIZES[size]))
     assert sum(p.numel() for p in decoder.parameters()) == count
+
+
+def test_compiles_where_a_gpu_and_triton_are(monkeypatch, tiny):
+    asked, here = [], ["triton"]
+    monkeypatch.setattr(torch, "compile", lambda module, **flags: asked.append((module, flags)) or "compiled")
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: name in here or None)
+    assert model.compiled(tiny.model) is tiny.model and not asked
+    on_gpu = SimpleNamespace(cos=SimpleNamespace(device=torch.device("cuda", 1)))
+    assert model.compiled(on_gpu) == "compiled" and asked == [(on_gpu, {"dynamic": False})]
+    here.clear()
+    assert model.compiled(on_gpu) is on_gpu
 
 
 def test_parameter_names_are_hugging_faces(tiny):

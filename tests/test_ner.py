@@ -1,5 +1,6 @@
 import base64
 import json
+import re
 import random
 import sys
 import urllib.error
@@ -246,25 +247,23 @@ def test_nothing_there_and_nothing_found_scores_zero():
     assert ner.scores(np.zeros((2, 3))).tolist() == [[0, 0, 0]] * 2
 
 
-def test_bootstrap_pairs_sentences_runs_and_tunings():
+def test_bootstrap_pairs_sentences_and_seeds():
     rng = np.random.default_rng(0)
-    first = rng.integers(0, 3, size=(1, 3, 400, 3))
+    first = rng.integers(0, 3, size=(3, 400, 3))
     assert not ner.bootstrap(first, first).any()           # whatever is drawn, it is drawn for both
     second = first.copy()
-    second[..., ::4, 0] += second[..., ::4, 2]             # a quarter of the missed entities is found
-    second[..., ::4, 2] = 0
+    second[:, ::4, 0] += second[:, ::4, 2]                 # a quarter of the missed entities is found
+    second[:, ::4, 2] = 0
     draws = ner.bootstrap(first, second)
-    f1 = [ner.scores(counts.sum(axis=2))[..., 2].mean() for counts in (first, second)]
+    f1 = [ner.scores(counts.sum(axis=1))[:, 2].mean() for counts in (first, second)]
     assert draws.shape == (1000,) and draws.mean() == pytest.approx(f1[1] - f1[0], abs=0.003)
     assert 0 < draws.min() and 0.005 < draws.std() < 0.02
     np.testing.assert_array_equal(draws, -ner.bootstrap(second, first))
-    for axis in (0, 1):                                    # runs, or tunings, that differ add to the spread
-        differing = np.stack([first[0, 0], second[0, 0]])
-        one, two = (np.expand_dims(counts, 1 - axis) for counts in (differing[::-1], differing))
-        assert ner.bootstrap(one, two).std() > 3 * draws.std()
-    run = np.stack([first[0, [0, 0]], second[0, [0, 0]]])  # all tunings of a run are alike: with it the draw stands or falls
-    apart = np.subtract(*ner.scores(run.sum(axis=2))[:, 0, 2])
-    assert ner.bootstrap(run[::-1], run).std() == pytest.approx(abs(apart) / 2 ** 0.5, rel=0.15)
+    by_seed = np.stack([first[0], second[0]])              # seeds that differ add to the spread
+    draws = ner.bootstrap(by_seed[::-1], by_seed)
+    assert draws.std() > 0.02
+    other = ner.bootstrap(by_seed[::-1, :300], by_seed[:, :300])  # another treebank meets the same draws of seeds
+    assert np.corrcoef(draws, other)[0, 1] > 0.8
 
 
 # ---- words and states --------------------------------------------------------------------------------------
@@ -440,24 +439,27 @@ def test_cell_of_other_settings_or_weights_is_refused(command, runs, tmp_path):
 
 def test_control_is_the_untrained_decoder(runs):
     models, groups = ner.load_models(runs, scratch=True)
-    assert groups == {"one": ["one"], "two": ["two"], "scratch-11m": ["scratch-11m"]}
+    assert groups == {name: {0: name} for name in models}
     assert list(models) == ["one", "two", "scratch-11m"]
     start = model.Decoder(model.Config(96, 400), torch.Generator().manual_seed(0))
     assert all(map(torch.equal, start.parameters(), models["scratch-11m"][0].parameters()))
 
 
 def test_seeds_of_pretraining_are_one_group(command, runs, tmp_path):
-    """F1 of each run alone, put together by hand, is what the group's row and difference show; three runs against two are paired
-    each with each, which leaves the mean as it is."""
-    more = [make_run(tmp_path / name, seed, seed=seed, **kind) for name, seed, kind in
-            (("one-s1", 3, {}), ("two-s1", 4, {"meta": True}), ("two-s2", 5, {"meta": True}))]
-    code, out, _ = command(more[2], runs[0], more[0], runs[1], more[1], *TOY, "--scratch")
-    cells = json.loads(Path("ner/ner.json").read_text())
-    f1 = {kind: [100 * cell["f1"] for cell in cells if cell["run"].startswith(kind)] for kind in ("one", "two", "scratch")}
-    assert code == 0 and [len(values) for values in f1.values()] == [2, 3, 4]
-    for label, kind in (("two-s2 (3 seeds)", "two"), ("one (2 seeds)", "one"), ("scratch-11m-s5 (4 seeds)", "scratch")):
-        assert f"| head | toy | {label} | {np.mean(f1[kind]):.1f} ± {np.std(f1[kind], ddof=1):.1f} |" in out
-    assert f"| head | toy | one − two-s2 | {np.mean(f1['one']) - np.mean(f1['two']):+.1f} [" in out
+    """A group's row is of all its runs, in whatever order they are given; the difference is seed by seed, of the seeds that both groups have."""
+    more = [make_run(tmp_path / "one-s3", 3, seed=3), make_run(tmp_path / "two-s3", 4, seed=3, meta=True), make_run(tmp_path / "two-s5", 5, seed=5, meta=True)]
+    code, out, _ = command(more[2], more[0], runs[0], runs[1], more[1], *TOY, "--scratch")
+    f1 = {cell["run"]: 100 * cell["f1"] for cell in json.loads(Path("ner/ner.json").read_text())}
+    groups = {"two (3 runs)": ("two", "two-s3", "two-s5"), "one (2 runs)": ("one", "one-s3"),
+              "scratch-11m (3 runs)": ("scratch-11m", "scratch-11m-s3", "scratch-11m-s5")}
+    assert code == 0 and set(f1) == set(sum(groups.values(), ()))
+    for label, names in groups.items():
+        values = [f1[name] for name in names]
+        assert f"| head | toy | {label} | {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} |" in out
+    pairs = [f1["one"] - f1["two"], f1["one-s3"] - f1["two-s3"]]
+    half = 12.706 * np.std(pairs, ddof=1) / 2 ** 0.5
+    found = [float(x) for x in re.search(r"one − two \| (\S+) \[(\S+), (\S+)\]", out).groups()]
+    assert found == pytest.approx([np.mean(pairs), np.mean(pairs) - half, np.mean(pairs) + half], abs=0.1) and "t over 2 pairs" in out
 
 
 def test_several_treebanks_share_one_tuning(command, runs, tmp_path, monkeypatch):

@@ -157,6 +157,19 @@ def test_comparison_begins_where_all_runs_have_been_evaluated_twice():
     assert all(0.98 < ratio < 1.15 for ratio in entry["step"]["mean"])
 
 
+def test_interval_is_students_or_the_bootstraps():
+    """Against Student's own example (1908): the extra hours of sleep of ten patients, mean 1.58, 95 % from 0.70 to 2.46."""
+    sleep = np.array([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
+    assert report.interval(sleep, None) == pytest.approx((1.58, 0.70, 2.46), abs=0.005)
+    assert report.interval(np.array([3.0]), np.arange(1001)) == pytest.approx((3.0, 25.0, 975.0))
+
+
+def test_runs_of_one_seed_are_not_one_group():
+    run = lambda name, seed: ({"name": name, "seed": seed, "lr": 0.1}, name)
+    groups = report.group_runs([run("b-s1", 1), run("b", 0), run("changed", 0), run("c", 2)])
+    assert {label: [name for _, name in members] for label, members in groups.items()} == {"b": ["b", "b-s1", "c"], "changed": ["changed"]}
+
+
 def test_phases_are_counted_over_seeds():
     """Three layers and two seeds, counted by hand; a group in which a run lacks a curve (too few probes) is left out of it."""
     layers = lambda *verdicts: {"head entropy": [{"verdict": verdict} for verdict in verdicts]}

@@ -196,9 +196,9 @@ def test_weights_that_give_no_finite_validation_loss_are_not_saved(monkeypatch, 
 
 def test_settings_of_a_run(tmp_path):
     (tmp_path / "config.json").write_text('{"size": "11m", "vocab_size": 4096}')
-    assert checkpoint.read_settings(tmp_path) == {"size": "11m", "vocab_size": 4096, "name": tmp_path.name, "steps": 0}
-    (tmp_path / "config.json").write_text('{"size": "11m", "vocab_size": 4096, "lr": 0.5, "steps": 7, "name": "mine"}')
-    assert checkpoint.read_settings(tmp_path) == {"size": "11m", "vocab_size": 4096, "lr": 0.5, "name": "mine", "steps": 7}
+    assert checkpoint.read_settings(tmp_path) == {"size": "11m", "vocab_size": 4096, "name": tmp_path.name, "steps": 0, "seed": 0}
+    (tmp_path / "config.json").write_text('{"size": "11m", "vocab_size": 4096, "lr": 0.5, "steps": 7, "name": "mine", "seed": 2}')
+    assert checkpoint.read_settings(tmp_path) == {"size": "11m", "vocab_size": 4096, "lr": 0.5, "name": "mine", "steps": 7, "seed": 2}
 
 
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path, capsys, train_here):

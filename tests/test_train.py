@@ -78,11 +78,15 @@ def test_a_compiled_run_compiles_three_shapes_and_learns_the_same(monkeypatch, t
     def record(graph, inputs):
         shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and not x.is_floating_point())
         return graph.forward
+    flags = ("--meta", "--meta-start", 0, "--n-query", 1, "--steps", 8, "--eval-every", 4)
     for name, compiled in (("plain", lambda backbone: backbone), ("compiled", functools.partial(torch.compile, backend=record, dynamic=False))):
         monkeypatch.setattr(train, "compiled", compiled)
-        assert train_here("--meta", "--meta-start", 0, "--n-query", 1, "--steps", 12, "--eval-every", 6, "--name", name) == 0
+        assert train_here(*flags, "--name", name) == 0
         losses.append([line["loss"] for line in read(tmp_path / "runs" / name) if "kind" in line])
-    assert sorted(shapes) == [(4, 16), (4, 32), (8, 16)] and losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 12
+    assert sorted(shapes) == [(4, 16), (4, 32), (8, 16)] and losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 8
+    shapes.clear(), torch.compiler.reset()
+    assert train_here("--inner", "all", "--inner-steps", 2, "--second-order", *flags, "--name", "all") == 0
+    assert shapes == [(4, 32)]  # a compiled backbone has no second derivative, which adapting it needs
 
 
 def test_another_configuration_in_the_folder_is_refused(script, tmp_path):
@@ -108,6 +112,7 @@ def test_comparison_and_pictures_from_the_command_line(script, tmp_path):
     done = script("probe.py", "runs/11m-vanilla", "runs/11m-meta")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    assert set(result["phases"]["head entropy"]) == {"11m-vanilla", "11m-meta"} and "rise and fall" in done.stdout
     assert set(result["sooner_by"]["11m-meta"]) >= {"levels", "step", "tokens", "flops", "seconds", "papers_reading"}
     assert (tmp_path / "compare" / "compare.png").stat().st_size > 10_000
     assert script("probe.py", "runs/11m-meta", "--live").returncode == 0  # a finished run is drawn once
