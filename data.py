@@ -120,7 +120,8 @@ def open_corpus(folder, vocab_size, check_ids=False):
         raise DataError(f"the prepared text in {folder} is not whole: prepare it again (what lies in the cache is made again once removed)")
     corpus = Corpus(folder, load_encoding(folder), vocab_size, info)
     if corpus.encoding.n_vocab > vocab_size:
-        raise DataError(f"{folder} was prepared with {corpus.encoding.n_vocab} tokens: --vocab-size {vocab_size} is too small")
+        raise DataError(f"{folder} was prepared with {corpus.encoding.n_vocab} tokens: --vocab-size {vocab_size} is too small; "
+                        "leave it at that, or prepare the text again (python data.py PATH --out FOLDER --vocab-size N)")
     top = max((int(tokens[at:at + COPY].max()) for tokens in (corpus.train, corpus.val) for at in range(0, len(tokens), COPY)), default=0) if check_ids else 0
     if top >= corpus.encoding.n_vocab:
         raise DataError(f"the prepared text in {folder} holds the id {top}, but its tokenizer ends at {corpus.encoding.n_vocab - 1}: prepare it again")
@@ -410,8 +411,9 @@ def main():
             prepare(args.out, source, tokenizer, args.vocab_size, args.quiet, ", ".join(args.paths) or None)
         corpus = open_corpus(args.out, args.vocab_size) if args.out else load(args.paths[0] if args.paths else None, args.tokenizer,
                                                                               args.vocab_size, args.cache, args.quiet)
+        enough = len(corpus.train) > 9 * 128 and len(corpus.val) > 2 * 128  # for train.py's defaults
         print(show(corpus) if args.show else f"{corpus.folder}: {len(corpus.train):,} tokens for training and {len(corpus.val):,} for validation\n"
-              f"next: python train.py --data {corpus.folder} --vocab-size {args.vocab_size}")
+              + (f"next: python train.py --data {corpus.folder} --vocab-size {-(-corpus.encoding.n_vocab // 64) * 64}" if enough else "too few to train on: add text"))
     except DataError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -96,7 +96,7 @@ def read_treebank(name, split, folder=None, cache=None, quiet=False):
         return parse_iob2(path.read_bytes(), path)
     except (OSError, http.client.HTTPException) as error:
         raise FileNotFoundError(f"{file} could not be had ({getattr(error, 'reason', error)}): get it from https://github.com/{repository} "
-                                f"and put it into {folder or cached.parent} (--uner FOLDER names another)") from None
+                                f"and put it into {folder or cached.parent} (--uner FOLDER names another); without a network: --train toy --test toy") from None
 
 
 def load_treebanks(trains, tests, folder=None, cache=None, quiet=False):
@@ -394,7 +394,7 @@ def report(args, groups, cells):
         title = f"{labels[1]} − {labels[0]}: {in_words(*(np.mean(column, axis=0) for column in zip(*differences)))} F1 points on average"
         draw_differences(args, [values.mean() for values, _ in differences], title)
         over = f"t over {len(pairs)} pairs of pretraining runs" if len(pairs) > 1 else "bootstrap over sentences and tunings; other pretraining seeds would differ more"
-        text += f"\n\n{title} (95 % interval, {over})"
+        text += f"\n\n{title} (95 % interval, {over}; pairs: {', '.join(' and '.join(pair) for pair in pairs)})"
     return text
 
 

@@ -22,6 +22,7 @@ from checkpoint import read_settings, write_atomically
 from model import Parser, cross_entropy
 
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+FEWEST = 12        # probes that phases are seen in: of a short run they would show its first hump alone
 BATCH = 4          # validation windows in the probe batch
 HEADS_AT_ONCE = 4  # heads whose attention probabilities are held at a time
 
@@ -229,11 +230,11 @@ CURVES = {"rank of hidden states": ("effective_rank", "hidden"), "rank of attent
 
 
 def phases(lines):
-    """{curve: [phase of each layer]} for the curves that the log holds with at least 8 probes."""
+    """{curve: [phase of each layer]} for the curves that the log holds with at least FEWEST probes."""
     result = {}
     for name, path in CURVES.items():
         steps, values = series(lines, *path)
-        if len(steps) >= 8:
+        if len(steps) >= FEWEST:
             values = values.mean(axis=2) if values.ndim == 3 else values  # entropy: the mean of a layer's heads
             result[name] = [phase(steps, column) for column in values.T]
     return result
@@ -249,11 +250,11 @@ def phase_table(result):
         humps = [(q["peak"], q["reconverged"], i) for i, q in enumerate(layers) if "rises and falls" in q["verdict"] or "rises, falls" in q["verdict"]]
         if humps:
             first, back = sorted(humps)[:3], sorted((end, i) for _, end, i in humps)[:3]
-            rows.append(f"  {len(humps)} of {len(layers)} layers fan out, then collapse; first to peak (to specialise): layers "
+            rows.append(f"  {len(humps)} of {len(layers)} layers fan out, then collapse; first to peak: layers "
                         f"{', '.join(str(i) for *_, i in first)}; first to reconverge: layers {', '.join(str(i) for _, i in back)}")
         else:
             rows.append(f"  no layer of {len(layers)} fans out and then collapses (no rise-and-fall beyond autocorrelated noise, p < 0.005, and an eighth of the range)")
-    return "\n".join(rows) if rows else "fewer than 8 probes: too early for phases"
+    return "\n".join(rows) if rows else f"fewer than {FEWEST} probes: too early for phases"
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
@@ -282,6 +283,12 @@ def log_steps(ax, last):
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
+def dotted(ax, x, y, color, label=None):
+    """Points joined by lines, but for the first, of the untrained model: what lies between it and the second is not known."""
+    ax.plot(x[:1], y[:1], "o", color=color, markersize=3)
+    ax.plot(x[1:], y[1:], "o-", color=color, markersize=3, label=label)
+
+
 def draw_dynamics(figure, lines, settings):
     """Draw one run on an empty figure: losses, few-shot accuracy, and rank and entropy by layer as lines and maps."""
     from matplotlib import colormaps
@@ -293,22 +300,23 @@ def draw_dynamics(figure, lines, settings):
         x, y = series([line for line in lines if line.get("kind") == kind], "loss")
         if len(x):
             losses.plot(x, y, ".", markersize=2, alpha=0.4, color=colour, label=label)
-    losses.plot(steps, val, "o-", color="black", markersize=3, label="next-token, validation")
+    dotted(losses, steps, val, color="black", label="next-token, validation")
     losses.legend(fontsize=8, frameon=False)
     panel(losses, f"loss: validation {val[-1]:.2f} nats per token" if len(val) else "loss", "nats")
 
     title = "few-shot accuracy on held-out words"
-    for key, colour, label in (("fewshot_prototype", COLOURS[2], "nearest prototype"), ("fewshot_before", COLOURS[4], "head before"),
-                               ("fewshot_after", COLOURS[1], "head after adapting")):
+    for key, colour, label, side in (("fewshot_prototype", COLOURS[2], "nearest prototype*", "bottom"), ("fewshot_before", COLOURS[4], "head before", "bottom"),
+                                     ("fewshot_after", COLOURS[1], "head after adapting", "bottom"), ("fewshot_after_new", COLOURS[5], "head after adapting*", "top")):
         x, y = series(lines, key)
         if len(x):
-            accuracy.plot(x, 100 * y, "o-", markersize=3, color=colour)
-            accuracy.annotate(f" {label} {y[-1]:.0%}", (x[-1], 100 * y[-1]), color=colour, fontsize=8, ha="right", va="bottom")
-    _, chance = series(lines, "fewshot_chance")
-    if len(chance):
-        accuracy.axhline(100 * chance[-1], color="grey", linestyle="--", linewidth=1)
-        accuracy.annotate(" chance", (0, 100 * chance[-1]), color="grey", fontsize=8, va="bottom")
-        title += f", {round(1 / chance[-1])}-way"
+            dotted(accuracy, x, 100 * y, color=colour)
+            accuracy.annotate(f" {label} {y[-1]:.0%}", (x[-1], 100 * y[-1]), color=colour, fontsize=8, ha="right", va=side)
+    for key, name in (("fewshot_chance", "chance"), ("fewshot_lookup", "previous-token look-up")):
+        _, level = series(lines, key)
+        if len(level):
+            accuracy.axhline(100 * level[-1], color="grey", linestyle="--", linewidth=1)
+            accuracy.annotate(f" {name}", (0, 100 * level[-1]), color="grey", fontsize=8, va="bottom")
+            title += f", {round(1 / level[-1])}-way" if name == "chance" else " (* where the look-up has no answer)"
     accuracy.margins(y=0.15)
     accuracy.set_ylim(bottom=0)
     panel(accuracy, title, "% right")
@@ -405,6 +413,7 @@ def main():
                 parser.error("--live follows one run")
             follow(args.runs[0])
             return
+        args.runs = list({folder.resolve(): folder for folder in args.runs}.values())
         runs = [read_run(folder) for folder in args.runs]
         for note in (note for *_, notes in runs for note in notes):
             print(f"note: {note}", file=sys.stderr)

@@ -30,7 +30,7 @@ def status(lines):
     if "meta query_accuracy" in newest:
         parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
     parts += [f"{value} skipped" for key, value in newest.items() if key.endswith(" skipped")][-1:]
-    return ", ".join(filter(None, parts)) + f", {lines[-1].get('tokens_per_second', 0):,.0f} tok/s"
+    return ", ".join(filter(None, parts)) + f", {next((line['tokens_per_second'] for line in reversed(lines) if 'tokens_per_second' in line), 0):,.0f} tok/s"
 
 
 def summary(folder, lines, settings, corpus, windows, decoder, device, processes=1):
@@ -106,7 +106,7 @@ def matmul_peak(device):
 # ---- several runs ------------------------------------------------------------------------------------------
 
 COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs", "seconds": "seconds of training"}
-FEWSHOT = {"fewshot_prototype": "prototype", "fewshot_before": "head before", "fewshot_after": "head after"}
+FEWSHOT = {"fewshot_before": "head before", "fewshot_after": "head after", "fewshot_after_new": "head after*", "fewshot_prototype": "prototype*"}
 STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
 NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device", "device_name", "versions", "head_parameters"}
 
@@ -191,12 +191,12 @@ def compare(groups):
         losses = [series(lines, loss)[1] for side in sides for lines in side]
         # from where all have been evaluated twice (before that a line between two points would be fiction) to the last common loss
         end = max(y.min() for y in losses)
-        levels = np.linspace(max(end, min(y[:2][-1] for y in losses)), end, 6)
+        levels = np.unique(np.linspace(max(end, min(y[:2][-1] for y in losses)), end, 6))[::-1]
         entry = result["sooner_by"][label] = {"levels": levels.tolist()}
         for cost in COSTS:
             entry[cost] = sooner_by(*[[series(lines, loss, x=cost) for lines in side] for side in sides], levels)
         mixed = [[mixed_loss(lines) for lines in side] for side in sides]
-        if all(len(y) for side in mixed for _, y in side):
+        if len(kinds) == 1 and all(len(y) for side in mixed for _, y in side):
             level = max(y.min() for side in mixed for _, y in side)
             entry["papers_reading"] = {"level": float(level)} | sooner_by(*mixed, [level])
     return result
@@ -211,11 +211,12 @@ def comparison_table(result):
         return form.format(mean) + (f" +- {form.format(sd)}" if sd is not None else "")
 
     rows = [f"final figures; loss in {result['unit']} on validation text; +- is the standard deviation over seeds",
-            f"{'':<20} {'loss':>16} " + "".join(f"{name:>18}" for name in FEWSHOT.values()) + f"{'untrained prototype':>21} {'chance':>8}"]
+            f"{'':<20} {'loss':>16} " + "".join(f"{name:>18}" for name in FEWSHOT.values()) + f"{'untrained prototype*':>22} {'chance':>8}",
+            "* on queries that the previous-token look-up cannot answer"]
     for label, entry in result["groups"].items():
         untrained = f"{entry['fewshot_prototype']['untrained']:.1%}" if "fewshot_prototype" in entry else "-"
         rows.append(f"{label:<20} {figure(entry, result['loss'], '{:.3f}'):>16} " + "".join(f"{figure(entry, key):>18}" for key in FEWSHOT)
-                    + f"{untrained:>21} {figure(entry, 'fewshot_chance'):>8}")
+                    + f"{untrained:>22} " + (f"{entry['fewshot_chance']['mean']:>8.1%}" if "fewshot_chance" in entry else f"{'-':>8}"))
         errors = [f"{FEWSHOT[key]} {entry[error]['mean']:.1%}" for key, error in STANDARD_ERROR.items() if error in entry]
         rows.append(f"{'':<20} standard error over episodes: {', '.join(errors)}" if errors else "")
     first = next(iter(result["groups"]))
@@ -278,7 +279,7 @@ def draw_comparison(figure, groups, result):
         if "fewshot_chance" in entry:
             axes[4].axhline(100 * entry["fewshot_chance"]["mean"], color="grey", linestyle="--", linewidth=1)
     axes[4].set_xticks(range(len(FEWSHOT)), FEWSHOT.values(), fontsize=8)
-    panel(axes[4], "few-shot accuracy (dashed chance, black untrained)", "% right", "")
+    panel(axes[4], "few-shot accuracy (dashed chance, black untrained, * look-up has no answer)", "% right", "")
     for ax, name in zip(axes[5:], ("rank of hidden states", "rank of attention weights", "head entropy")):
         entries = {label: entry[name]["mean"] for label, entry in result["groups"].items() if name in entry}
         for label, layers in entries.items():

@@ -33,6 +33,7 @@ from report import in_words, status, summary
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}  # these may differ when a run is resumed
 FLUSH_EVERY = 10  # updates between looks at the losses: on a GPU a look waits for the device
 HEAD_SHARE = 0.1  # the meta head's part of the learning rate: at all of it the inner loop lost its grip on the head
+META_STEPS = "hybrid_ratio", "meta_start", "n_query", "inner", "inner_steps", "inner_lr", "head", "second_order"  # flags without effect on a vanilla run
 EVAL_TOKENS, EVAL_BATCH = 16_384, 2048  # validation tokens, and of these at a time
 PATIENCE = 10  # updates in a row whose loss or gradient is not finite, after which a run is given up
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
@@ -97,6 +98,9 @@ def parse(argv=None):
     meta.add_argument("--second-order", action="store_true", help="full MAML: differentiate through the inner loop")
     args = parser.parse_args(argv)
 
+    unused = [flag for flag in META_STEPS if getattr(args, flag) != parser.get_default(flag) and not args.meta]
+    if unused:
+        parser.error(f"--{unused[0].replace('_', '-')} is about meta steps: add --meta")
     if args.batch_size % args.grad_accum:
         parser.error(f"--batch-size {args.batch_size} must be a multiple of --grad-accum {args.grad_accum}")
     if args.grad_accum % WORLD:
@@ -167,7 +171,7 @@ def open_run(args, settings):
     differing = [key for key in settings if key in vars(args) and key not in FREE_FLAGS and old.get(key) != settings[key]]
     if differing:
         changes = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} there, {settings[key]} now" for key in differing)
-        raise ValueError(f"{folder} holds another configuration ({changes}): choose another --name")
+        raise ValueError(f"{folder} holds another configuration ({changes}): give the flags it was made with, or choose another --name")
     if old.get("corpus_sha256") != settings["corpus_sha256"]:
         raise ValueError(f"{folder} was trained on another text (its SHA-256 differs): choose another --name")
     if not any(folder.glob("ckpt*.pt")):
@@ -363,6 +367,8 @@ def train(args):
                 write([costs() | evaluate(decoder, head, corpus, windows, fewshot, args, device)])
             if lines[-1]["val_loss"] is None:  # the weights are of no use: the checkpoint of before stays
                 raise Diverged(f"the validation loss was not finite after update {step}{what_to_try}")
+            if bar.disable and not args.quiet:
+                print(f"{args.name}: update {step:,} of {args.steps:,}, {status(lines[-1000:])}", flush=True)
             save()
             if step:
                 artist.draw(lines, settings, last=step == args.steps)

@@ -80,6 +80,7 @@ FLAGS = {  # of train.py
     "lr nan": (["--lr", "nan"], "at least 0"),
     "vocabulary": (["--vocab-size", 70000], "65536"),
     "accumulation": (["--grad-accum", 3], "multiple"),
+    "no meta steps": (["--inner-steps", 3], "add --meta"),
     "device": (["--device", "warp"], "--device"),
     "name": (["--name", "../elsewhere"], "plain folder name"),
     "runs is a file": (["--runs", "short.txt"], "cannot write"),

@@ -459,7 +459,7 @@ def test_seeds_of_pretraining_are_one_group(command, runs, tmp_path):
     pairs = [f1["one"] - f1["two"], f1["one-s3"] - f1["two-s3"]]
     half = 12.706 * np.std(pairs, ddof=1) / 2 ** 0.5
     found = [float(x) for x in re.search(r"one − two \| (\S+) \[(\S+), (\S+)\]", out).groups()]
-    assert found == pytest.approx([np.mean(pairs), np.mean(pairs) - half, np.mean(pairs) + half], abs=0.1) and "t over 2 pairs" in out
+    assert found == pytest.approx([np.mean(pairs), np.mean(pairs) - half, np.mean(pairs) + half], abs=0.1) and "pairs: two and one, two-s3 and one-s3)" in out
 
 
 def test_several_treebanks_share_one_tuning(command, runs, tmp_path, monkeypatch):

@@ -107,8 +107,11 @@ def test_another_configuration_in_the_folder_is_refused(script, tmp_path):
 
 
 def test_comparison_and_pictures_from_the_command_line(script, tmp_path):
-    flags = ["--steps", 20, "--eval-every", 20, "--probe-every", 5]
-    assert script("train.py", *flags).returncode == 0 and script("train.py", *flags, "--meta").returncode == 0
+    flags = ["--steps", 20, "--eval-every", 10, "--probe-every", 2]
+    for kind in ([], ["--meta"]):
+        done = script("train.py", *flags, *kind)
+        assert done.returncode == 0 and [line.split(",")[0].split(": ")[1] for line in done.stdout.splitlines() if ": update " in line] == [
+            f"update {step} of 20" for step in (0, 10, 20)]  # no terminal, no bar: a line for each evaluation
     done = script("probe.py", "runs/11m-vanilla", "runs/11m-meta")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "compare" / "compare.json").read_text())
