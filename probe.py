@@ -310,14 +310,16 @@ def draw_dynamics(figure, lines, settings):
         x, y = series(lines, key)
         if len(x):
             dotted(accuracy, x, 100 * y, color=colour)
-            accuracy.annotate(f" {label} {y[-1]:.0%}", (x[-1], 100 * y[-1]), color=colour, fontsize=8, ha="right", va=side)
+            accuracy.annotate(f"{label} {y[-1]:.0%}", (x[-1], 100 * y[-1]), (-3, 4 if side == "bottom" else -20), textcoords="offset points",
+                              color=colour, fontsize=8, ha="right", va=side)
     for key, name in (("fewshot_chance", "chance"), ("fewshot_lookup", "previous-token look-up")):
         _, level = series(lines, key)
         if len(level):
             accuracy.axhline(100 * level[-1], color="grey", linestyle="--", linewidth=1)
             accuracy.annotate(f" {name}", (0, 100 * level[-1]), color="grey", fontsize=8, va="bottom")
-            title += f", {round(1 / level[-1])}-way" if name == "chance" else " (* where the look-up has no answer)"
-    accuracy.margins(y=0.15)
+            title += f", {round(1 / level[-1])}-way" if name == "chance" else ""
+    accuracy.annotate("* on queries that the look-up cannot answer", (0.01, 0.95), xycoords="axes fraction", color="grey", fontsize=8)
+    accuracy.margins(y=0.2)
     accuracy.set_ylim(bottom=0)
     panel(accuracy, title, "% right")
     for ax in (losses, accuracy):
