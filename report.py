@@ -279,7 +279,7 @@ def draw_comparison(figure, groups, result):
         if "fewshot_chance" in entry:
             axes[4].axhline(100 * entry["fewshot_chance"]["mean"], color="grey", linestyle="--", linewidth=1)
     axes[4].set_xticks(range(len(FEWSHOT)), FEWSHOT.values(), fontsize=8)
-    panel(axes[4], "few-shot accuracy (dashed chance, black untrained, * look-up has no answer)", "% right", "")
+    panel(axes[4], "few-shot accuracy (dashed chance, black untrained)", "% right", "* on queries that the look-up cannot answer")
     for ax, name in zip(axes[5:], ("rank of hidden states", "rank of attention weights", "head entropy")):
         entries = {label: entry[name]["mean"] for label, entry in result["groups"].items() if name in entry}
         for label, layers in entries.items():
