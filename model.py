@@ -116,12 +116,18 @@ def attend(q, k, v, causal):
     if not causal or q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > 512 or B * score_bytes > 4 * CPU_BLOCK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     group = heads // k.shape[1]  # the queries that share a key stand under each other: one product for all
-    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).repeat(group, 1)
+    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    # the first half of the queries sees half of the keys: 8 % of a next-token step at 8 x 256; rows shorter than 128 are not worth it
+    halves = [slice(0, T // 2), slice(T // 2, T)] if T >= 128 else [slice(0, T)]
     out = []
     for qs, ks, vs in zip(*(t.split(max(1, CPU_BLOCK // 4 // score_bytes)) for t in (q, k, v))):
-        scores = (head_dim ** -0.5 * qs).reshape(-1, group * T, head_dim) @ ks.reshape(-1, T, head_dim).mT  # (.., group*T, T)
-        attention = (scores + future).softmax(dim=-1)
-        out.append((attention @ vs.reshape(-1, T, head_dim)).view(-1, heads, T, head_dim))
+        parts = []
+        for rows in halves:
+            n, end = rows.stop - rows.start, rows.stop  # queries, and the keys that they may see
+            scores = (head_dim ** -0.5 * qs[:, :, rows]).reshape(-1, group * n, head_dim) @ ks[:, :, :end].reshape(-1, end, head_dim).mT
+            attention = (scores + future[rows, :end].repeat(group, 1)).softmax(dim=-1)  # (.., group*n, end)
+            parts.append((attention @ vs[:, :, :end].reshape(-1, end, head_dim)).view(-1, heads, n, head_dim))
+        out.append(torch.cat(parts, dim=2))
     return torch.cat(out)
 
 

@@ -30,7 +30,8 @@ def status(lines):
     if "meta query_accuracy" in newest:
         parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
     parts += [f"{value} skipped" for key, value in newest.items() if key.endswith(" skipped")][-1:]
-    return ", ".join(filter(None, parts)) + f", {next((line['tokens_per_second'] for line in reversed(lines) if 'tokens_per_second' in line), 0):,.0f} tok/s"
+    parts += [f"{line['tokens_per_second']:,.0f} tok/s" for line in lines[-2:] if "tokens_per_second" in line][-1:]
+    return ", ".join(filter(None, parts))
 
 
 def summary(folder, lines, settings, corpus, windows, decoder, device, processes=1):
