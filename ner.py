@@ -387,7 +387,7 @@ def report(args, groups, cells):
             for test in args.test:
                 one, two = (get("f1", runs, mode, train, test).mean(axis=1) for runs in zip(*pairs))            # (pairs,) each
                 counts = (get("counts", [run], mode, train, test)[0] for run in pairs[0])                       # (tunings, S, 3) each
-                differences.append((100 * (two - one), 100 * bootstrap(*counts)))
+                differences.append((100 * (two - one), 100 * bootstrap(*counts) if len(pairs) == 1 else np.zeros(0)))
             rows.append([mode, train, f"{labels[1]} − {labels[0]}", *(in_words(*found) for found in differences[-len(args.test):]), "", "", ""])
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     if pairs:

@@ -225,6 +225,11 @@ def phase(steps, values):
             "trough": int(steps[trough]), "p_trough": float(p_trough), "verdict": verdict}
 
 
+def holds(verdict, shape):
+    """Whether a verdict of `phase` is, or begins or ends with, the shape "rises, falls" or "falls, rises"."""
+    return shape in verdict.replace(" and ", ", ")
+
+
 CURVES = {"rank of hidden states": ("effective_rank", "hidden"), "rank of attention weights": ("effective_rank", "attention"),
           "rank of MLP weights": ("effective_rank", "mlp"), "head entropy": ("head_entropy", "normalised")}
 
@@ -247,7 +252,7 @@ def phase_table(result):
         rows.append(f"\n{name}\n{'layer':>6} {'bottom':>7} {'peak':>6} {'reconverged':>12} {'rise':>8} {'fall':>8} {'p':>6} {'trough':>7} {'p':>6}  verdict")
         rows += [f"{i:>6} {q['bottom']:>7} {q['peak']:>6} {q['reconverged']:>12} {q['rise']:>8.3g} {q['fall']:>8.3g} {q['p']:>6.3f} {q['trough']:>7} {q['p_trough']:>6.3f}  {q['verdict']}"
                  for i, q in enumerate(layers)]
-        humps = [(q["peak"], q["reconverged"], i) for i, q in enumerate(layers) if "rises and falls" in q["verdict"] or "rises, falls" in q["verdict"]]
+        humps = [(q["peak"], q["reconverged"], i) for i, q in enumerate(layers) if holds(q["verdict"], "rises, falls")]
         if humps:
             first, back = sorted(humps)[:3], sorted((end, i) for _, end, i in humps)[:3]
             rows.append(f"  {len(humps)} of {len(layers)} layers fan out, then collapse; first to peak: layers "

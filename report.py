@@ -17,7 +17,7 @@ import torch
 
 import data
 from model import generate, precision
-from probe import COLOURS, CURVES, panel, series
+from probe import COLOURS, CURVES, holds, panel, series
 
 # ---- one run -----------------------------------------------------------------------------------------------
 
@@ -30,7 +30,8 @@ def status(lines):
     if "meta query_accuracy" in newest:
         parts.append(f"query {newest['meta query_accuracy']:.0%} (chance {newest['meta chance']:.0%})")
     parts += [f"{value} skipped" for key, value in newest.items() if key.endswith(" skipped")][-1:]
-    parts += [f"{line['tokens_per_second']:,.0f} tok/s" for line in lines[-2:] if "tokens_per_second" in line][-1:]
+    rate = next((line["tokens_per_second"] for line in reversed(lines) if "tokens_per_second" in line), None)
+    parts.append(f"{rate:,.0f} tok/s" if rate else "")
     return ", ".join(filter(None, parts))
 
 
@@ -203,14 +204,14 @@ def compare(groups):
     return result
 
 
+def in_figures(entry, form):
+    """{mean, sd} as text, without an sd that is None."""
+    return form.format(entry["mean"]) + (f" +- {form.format(entry['sd'])}" if entry["sd"] is not None else "")
+
+
 def comparison_table(result):
     """What `compare` found, in words."""
-    def figure(entry, key, form="{:.1%}"):
-        if key not in entry:
-            return "-"
-        mean, sd = entry[key]["mean"], entry[key]["sd"]
-        return form.format(mean) + (f" +- {form.format(sd)}" if sd is not None else "")
-
+    figure = lambda entry, key, form="{:.1%}": in_figures(entry[key], form) if key in entry else "-"
     rows = [f"final figures; loss in {result['unit']} on validation text; +- is the standard deviation over seeds",
             f"{'':<20} {'loss':>16} " + "".join(f"{name:>18}" for name in FEWSHOT.values()) + f"{'untrained prototype*':>22} {'chance':>8}",
             "* on queries that the previous-token look-up cannot answer"]
@@ -236,9 +237,9 @@ def comparison_table(result):
 def phase_counts(groups):
     """{curve: {label: {"rise and fall": {mean, sd}, "fall and rise": ...}}}, over the seeds of a group: in how many layers the
     curve does so by `probe.phase`, of groups {label: [(settings, probe.phases)]}. A layer that does both is in both."""
-    names = {"rise and fall": ("rises and falls", "rises, falls"), "fall and rise": ("falls and rises", "falls, rises")}
-    return {curve: {label: {name: mean_and_spread([sum(any(words in layer["verdict"] for words in either) for layer in phases[curve]) for _, phases in runs])
-                            for name, either in names.items()} for label, runs in groups.items() if all(curve in phases for _, phases in runs)}
+    shapes = {"rise and fall": "rises, falls", "fall and rise": "falls, rises"}
+    return {curve: {label: {name: mean_and_spread([sum(holds(layer["verdict"], shape) for layer in phases[curve]) for _, phases in runs])
+                            for name, shape in shapes.items()} for label, runs in groups.items() if all(curve in phases for _, phases in runs)}
             for curve in CURVES}
 
 
@@ -247,8 +248,7 @@ def phase_count_table(counts):
     rows = [f"\nin how many of its layers a curve does it (layer by layer: python probe.py RUN)\n{'':<28}{'':<20}{'rise and fall':>16}{'fall and rise':>16}"]
     for curve, labels in counts.items():
         for i, (label, kinds) in enumerate(labels.items()):
-            figures = (f"{kind['mean']:.1f}" + (f" +- {kind['sd']:.1f}" if kind["sd"] is not None else "") for kind in kinds.values())
-            rows.append(f"{'' if i else curve:<28}{label:<20}" + "".join(f"{figure:>16}" for figure in figures))
+            rows.append(f"{'' if i else curve:<28}{label:<20}" + "".join(f"{in_figures(kind, '{:.1f}'):>16}" for kind in kinds.values()))
     return "\n".join(rows)
 
 

@@ -266,7 +266,8 @@ def train(args):
 
     def meta_micro_batch(i):
         episode = sampler.draw(args.seed, spent["step"], i).to(device)
-        loss, support, query = meta_loss(backbone if args.inner == "head" else decoder.model, head, episode, args.inner, args.inner_steps, args.inner_lr, args.second_order)
+        body = backbone if args.inner == "head" else decoder.model  # adapting it may need second derivatives, which a compiled one has not
+        loss, support, query = meta_loss(body, head, episode, args.inner, args.inner_steps, args.inner_lr, args.second_order)
         flops = meta_flops(config, head, args.n_way, args.k_shot, args.n_query, args.episode_len,
                            args.inner, args.inner_steps, args.second_order)
         return ({"loss": loss, "support_accuracy": support, "query_accuracy": query},

@@ -157,6 +157,14 @@ def test_comparison_begins_where_all_runs_have_been_evaluated_twice():
     assert all(0.98 < ratio < 1.15 for ratio in entry["step"]["mean"])
 
 
+def test_status_holds_the_newest_of_each_kind():
+    """After an evaluation and a probe, whose lines hold no losses and no rate."""
+    lines = [{"kind": "lm", "loss": 5.0, "tokens_per_second": 10.0}, {"kind": "meta", "loss": 3.0, "query_accuracy": 0.25, "chance": 0.125, "tokens_per_second": 2000.0},
+             {"kind": "lm", "loss": 4.0, "skipped": 2, "tokens_per_second": 3000.0}, {"head_entropy": {}}, {"val_loss": 4.5}]
+    assert report.status(lines) == "loss 4.00, val 4.50, query 25% (chance 12%), 2 skipped, 3,000 tok/s"
+    assert report.status(lines[-1:]) == "val 4.50"
+
+
 def test_interval_is_students_or_the_bootstraps():
     """Against Student's own example (1908): the extra hours of sleep of ten patients, mean 1.58, 95 % from 0.70 to 2.46."""
     sleep = np.array([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
@@ -185,6 +193,7 @@ def test_phases_are_counted_over_seeds():
 
 def test_different_corpora_are_compared_in_bits_per_byte():
     result = report.compare(report.group_runs([synthetic_run("v", 1), synthetic_run("m", 2, corpus="b")]))
+    assert "papers_reading" not in result["sooner_by"]["m"]  # nats of different vocabularies
     assert result["loss"] == "bits_per_byte" and result["groups"]["v"]["bits_per_byte"]["mean"] == pytest.approx((10 - math.log(1001)) / 4)
 
 
