@@ -245,6 +245,10 @@ def test_prepared_once_is_the_corpus_itself(script, corpus, text_file, tmp_path)
     done = script("data.py", text_file, "--out", "ready", "--vocab-size", 2048)
     assert done.returncode == 0 and "train.py --data ready" in done.stdout, done.stderr
     again = data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
+    assert int(done.stdout.split()[-1]) - again.encoding.n_vocab in range(64)  # the vocabulary that it says to train with
+    (tmp_path / "tiny.txt").write_text("A few words are no text to train on. " * 40)
+    tiny = script("data.py", "tiny.txt", "--out", "tiny", "--vocab-size", 300)
+    assert tiny.returncode == 0 and "too few to train on" in tiny.stdout and "next:" not in tiny.stdout
     assert again.info["sha256"] == corpus.info["sha256"] and again.train.tolist() == corpus.train.tolist()
     with pytest.raises(data.DataError, match="--vocab-size 300 is too small"):
         data.load(tmp_path / "ready", vocab_size=300, quiet=True)
