@@ -1,4 +1,4 @@
-"""Files that survive: atomic writes, checkpoints with a checksum and a predecessor, the lock and the settings of a run.
+"""Files that survive: atomic writes, checkpoints with a checksum and a predecessor, a run's lock, settings and export.
 
     from checkpoint import load_checkpoint, lock_run, save_checkpoint, write_atomically
 
@@ -12,10 +12,14 @@ import hashlib
 import json
 import math
 import os
+import struct
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+
+from text import END, MASK, hugging_face_tokenizer
 
 
 @contextlib.contextmanager
@@ -133,3 +137,39 @@ def without_nan(value):
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- for other programs ------------------------------------------------------------------------------------
+
+def write_safetensors(path, state):
+    """A state dict in the safetensors format: a length, a JSON header, raw little-endian bytes."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in state.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at := at + 4 * tensor.numel()]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the bytes begin at a multiple of 8
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in state.values():
+            file.write(tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False))
+
+
+def export(decoder, encoding, folder):
+    """Write a folder that Hugging Face's transformers load: LlamaForCausalLM and PreTrainedTokenizerFast. Raises OSError."""
+    config, end = decoder.config, encoding.encode_single_token(END)
+    described = {
+        "config": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.d_model,
+                   "intermediate_size": config.d_ff, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+                   "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "max_position_embeddings": config.context,
+                   "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+                   "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "torch_dtype": "float32",
+                   "bos_token_id": end, "eos_token_id": end},
+        "tokenizer": hugging_face_tokenizer(encoding),
+        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context, "clean_up_tokenization_spaces": False,
+                             "bos_token": END, "eos_token": END, "mask_token": MASK}}
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, ignore_cleanup_errors=True) as work:  # renamed when it is whole
+        write_safetensors(Path(work) / "model.safetensors", decoder.state_dict())
+        for name, content in described.items():
+            write_atomically(Path(work) / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=1))
+        Path(work).chmod(0o755)
+        Path(work).rename(folder)

@@ -10,11 +10,9 @@ biases, untied embeddings. Parameter names and the rotary convention are those o
 """
 import argparse
 import codecs
+import functools
 import importlib.util
-import json
 import math
-import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from checkpoint import load_checkpoint, read_settings, replacing, write_atomically
-from text import END, MASK, DataError, hugging_face_tokenizer, load_encoding
+from checkpoint import export, load_checkpoint, read_settings
+from text import END, DataError, load_encoding
 
 SIZES = {"11m": 96, "65m": 384, "181m": 768, "570m": 1536}  # name -> d_model
 
@@ -63,25 +61,24 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config, device=None):
-    """Cosines and sines of the rotary angles, each (context, head_dim), float32; both halves of a head repeat
-    the same head_dim / 2 frequencies (the "rotate-half" convention)."""
+    """Cosines and signed sines of the rotary angles, each (context, head_dim), float32; both halves of a head repeat
+    the same head_dim / 2 frequencies (the "rotate-half" convention), and the first half's sines are negated."""
     half = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     angles = torch.arange(config.context, device=device).float()[:, None] * config.rope_theta ** -half
-    angles = torch.cat([angles, angles], dim=1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + head_dim/2]) of x (B, T, heads, head_dim) by its position's angle."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, kv = config.d_model, config.n_kv_head * config.head_dim
-        self.head_dim = config.head_dim
+        self.head_dim, self.heads = config.head_dim, (config.n_head, config.n_kv_head, config.n_kv_head)
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, kv, bias=False)
         self.v_proj = nn.Linear(d, kv, bias=False)
@@ -89,9 +86,10 @@ class Attention(nn.Module):
 
     def qkv(self, x, cos, sin):
         """x (B, T, D) -> queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim)."""
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])  # one product instead of three
+        heads = F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
+        turned, v = heads.split([sum(self.heads[:2]), self.heads[2]], dim=2)
+        q, k = rotate(turned, cos, sin).to(v.dtype).split(self.heads[:2], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, cos, sin, cache=None):
@@ -107,31 +105,56 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, causal):
-    """Attention of queries (B, n_head, T, head_dim) over keys and values (B, n_kv_head, T, head_dim). In bf16 on a CPU it
-    pays to write it out, in pieces whose scores fit the cache: the backbone's forward and backward pass took 0.11 s for
-    8 x 128 tokens and 0.85 for 8 x 512, with scaled_dot_product_attention 0.27 and 1.32, but from 1024 on it is no faster (11m,
-    two cores). The backward pass needs each layer's (B, n_head, T, T) attention, so only while that is small."""
-    B, heads, T, head_dim = q.shape
-    score_bytes = 2 * heads * T * T  # of one sequence
-    if not causal or q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > 512 or B * score_bytes > 4 * CPU_BLOCK:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-    group = heads // k.shape[1]  # the queries that share a key stand under each other: one product for all
-    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    # the first half of the queries sees half of the keys: 8 % of a next-token step at 8 x 256; rows shorter than 128 are not worth it
-    halves = [slice(0, T // 2), slice(T // 2, T)] if T >= 128 else [slice(0, T)]
-    out = []
-    for qs, ks, vs in zip(*(t.split(max(1, CPU_BLOCK // 4 // score_bytes)) for t in (q, k, v))):
-        parts = []
-        for rows in halves:
-            n, end = rows.stop - rows.start, rows.stop  # queries, and the keys that they may see
-            scores = (head_dim ** -0.5 * qs[:, :, rows]).reshape(-1, group * n, head_dim) @ ks[:, :, :end].reshape(-1, end, head_dim).mT
-            attention = (scores + future[rows, :end].repeat(group, 1)).softmax(dim=-1)  # (.., group*n, end)
-            parts.append((attention @ vs[:, :, :end].reshape(-1, end, head_dim)).view(-1, heads, n, head_dim))
-        out.append(torch.cat(parts, dim=2))
-    return torch.cat(out)
+    """Attention of queries (B, n_head, T, head_dim) over keys and values (B, n_kv_head, T, head_dim)."""
+    B, heads, T, _ = q.shape
+    if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and B * heads * T * T <= CPU_BLOCK:
+        return TiledAttention.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
-CPU_BLOCK = 26_000_000  # bytes; glibc takes larger blocks fresh from the kernel each time, at 20 ms in page faults
+class TiledAttention(torch.autograd.Function):
+    """Causal attention written out for bf16 on a CPU: 64 queries at a time, whose scores stay in the cache, against the keys
+    up to the last of them. Forward and backward through the backbone took 0.15 s for 64 x 32 tokens, 0.21 for 8 x 256 and
+    0.29 for 4 x 512, with scaled_dot_product_attention 0.42, 0.42 and 0.60 (11m, two cores). The backward pass needs the
+    (T, T) attention of every head, so `attend` comes here only while that is small."""
+
+    @staticmethod
+    def tiles(q, k, v):
+        """For each tile its queries' slice, and (B * n_kv_head, T, head_dim) keys and values up to their last."""
+        T, keys, values = q.shape[2], k.flatten(0, 1), v.flatten(0, 1)
+        for rows in (slice(start, min(start + 64, T)) for start in range(0, T, 64)):
+            yield rows, keys[:, :rows.stop], values[:, :rows.stop]
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, kept, scaled = torch.empty_like(q), [], q * q.shape[-1] ** -0.5
+        for rows, keys, values in TiledAttention.tiles(q, k, v):
+            queries = scaled[:, :, rows].reshape(len(keys), -1, q.shape[-1])  # those that share a key stand under each other
+            scores = queries @ keys.mT                                        # (B * n_kv_head, group * rows, keys)
+            n = rows.stop - rows.start
+            scores.view(-1, n, rows.stop)[:, :, rows] += torch.full((n, n), -math.inf, dtype=q.dtype).triu(1)
+            attention = scores.softmax(dim=-1)
+            out[:, :, rows] = (attention @ values).view_as(out[:, :, rows])
+            kept += [attention] if any(ctx.needs_input_grad) else []
+        ctx.save_for_backward(q, k, v, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted, and PyTorch's own attention has one
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
+        scale = q.shape[-1] ** -0.5
+        grad_q, scaled = torch.empty_like(q), q * scale
+        grad_k, grad_v = (torch.zeros_like(t.mT, dtype=torch.float32).flatten(0, 1) for t in (k, v))
+        for (rows, keys, values), attention in zip(TiledAttention.tiles(q, k, v), kept):
+            queries, grad_out = (t[:, :, rows].reshape(len(keys), -1, q.shape[-1]) for t in (scaled, grad))
+            grad_scores = torch._softmax_backward_data(grad_out @ values.mT, attention, -1, q.dtype)
+            grad_q[:, :, rows] = (grad_scores @ keys).view_as(grad_q[:, :, rows])
+            grad_k[:, :, :rows.stop] += queries.mT @ grad_scores  # transposed: three times faster than (keys, head_dim)
+            grad_v[:, :, :rows.stop] += grad_out.mT @ attention
+        return grad_q.mul_(scale), *(t.mT.to(q.dtype).view_as(k) for t in (grad_k, grad_v))
 
 
 class MLP(nn.Module):
@@ -218,6 +241,16 @@ def compiled(backbone):
     return torch.compile(backbone, dynamic=False) if on_gpu else backbone
 
 
+CPU_BLOCK = 52_000_000  # bytes: 512 rows of 50304 scores
+
+
+@functools.lru_cache(maxsize=1)
+def scratch(numel, dtype):
+    """Memory for a block of scores, the same at every call: glibc takes as much fresh from the kernel each time, at 20 ms in page
+    faults. With smaller blocks, which it keeps, 2048 x 50304 took 5 % of a step longer (512 rows against 258)."""
+    return torch.empty(numel, dtype=dtype)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of hidden (N, D) @ weight.T (V, D) against targets (N,), a block of rows at a time.
 
@@ -229,9 +262,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         n, device = hidden.shape[0], hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         weight_low = weight.to(dtype)
-        block = max(1, (CPU_BLOCK if device == "cpu" else 2 ** 28) // (weight_low.element_size() * len(weight)))
-        # one block of scores, used again and again: fresh ones cost 0.30 s instead of 0.21 at 2048 x 50304 (page faults)
-        scores = torch.empty(min(block, n), len(weight), dtype=dtype, device=hidden.device)
+        most = max(1, (CPU_BLOCK if device == "cpu" else 2 ** 28) // (weight_low.element_size() * len(weight)))  # rows of a block
+        block = math.ceil(n / math.ceil(n / most))
+        size = block * len(weight)
+        scores = (scratch(most * len(weight), dtype)[:size] if device == "cpu" else hidden.new_empty(size, dtype=dtype)).view(block, -1)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_weight = torch.zeros_like(weight) if with_grad else None
@@ -239,24 +273,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + block)
             h, target = hidden[rows].to(dtype), targets[rows]
             logits = torch.mm(h, weight_low.T, out=scores[:len(h)])   # (rows, V)
-            if not with_grad:
-                total += F.cross_entropy(logits.float(), target, reduction="sum")
-                continue
             probs = torch.softmax(logits, dim=1, out=logits)
             at = torch.arange(len(target), device=target.device), target
             total -= probs[at].float().clamp_min(1e-38).log().sum()
-            probs[at] -= 1                                            # d loss / d logits = softmax - one-hot
-            grad_hidden[rows] = (probs @ weight_low) / n
-            grad_weight += probs.T @ h
+            if with_grad:
+                probs[at] -= 1                                        # d loss / d logits = softmax - one-hot
+                grad_hidden[rows] = probs @ weight_low
+                grad_weight += probs.T @ h
         if with_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight.div_(n))
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.n = n
         return total / n
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None
+        return grad_hidden * (grad / ctx.n), grad_weight * (grad / ctx.n), None, None
 
 
 def cross_entropy(hidden, weight, targets):
@@ -275,40 +308,6 @@ def load_run(folder, device="cpu"):
     except (KeyError, TypeError, RuntimeError):
         raise ValueError(f"the checkpoint in {folder} does not fit its config.json") from None
     return decoder.to(device), settings
-
-
-def write_safetensors(path, state):
-    """A state dict in the safetensors format: a length, a JSON header, raw little-endian bytes."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in state.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at := at + 4 * tensor.numel()]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the bytes begin at a multiple of 8
-    with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in state.values():
-            file.write(tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False))
-
-
-def export(decoder, encoding, folder):
-    """Write a folder that Hugging Face's transformers load: LlamaForCausalLM and PreTrainedTokenizerFast. Raises OSError."""
-    config, end = decoder.config, encoding.encode_single_token(END)
-    described = {
-        "config": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.d_model,
-                   "intermediate_size": config.d_ff, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-                   "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "max_position_embeddings": config.context,
-                   "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-                   "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "torch_dtype": "float32",
-                   "bos_token_id": end, "eos_token_id": end},
-        "tokenizer": hugging_face_tokenizer(encoding),
-        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context, "clean_up_tokenization_spaces": False,
-                             "bos_token": END, "eos_token": END, "mask_token": MASK}}
-    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, ignore_cleanup_errors=True) as work:  # renamed when it is whole
-        write_safetensors(Path(work) / "model.safetensors", decoder.state_dict())
-        for name, content in described.items():
-            write_atomically(Path(work) / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=1))
-        Path(work).chmod(0o755)
-        Path(work).rename(folder)
 
 
 # ---- cost --------------------------------------------------------------------------------------------------

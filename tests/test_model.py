@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 import model
 import text
 from conftest import toy_text
@@ -171,7 +172,7 @@ def merge_by_list(pieces, merges):
 
 def test_export_holds_the_weights_and_tokens_of_the_run(corpus, tmp_path):
     decoder = Decoder(Config(24, corpus.vocab_size, n_layer=2), torch.Generator().manual_seed(0))
-    model.export(decoder, corpus.encoding, tmp_path / "hf")
+    checkpoint.export(decoder, corpus.encoding, tmp_path / "hf")
     weights = read_safetensors(tmp_path / "hf" / "model.safetensors")
     assert weights.keys() == decoder.state_dict().keys()
     assert all(np.array_equal(weights[name], tensor.numpy()) for name, tensor in decoder.state_dict().items())
@@ -192,9 +193,9 @@ def test_export_holds_the_weights_and_tokens_of_the_run(corpus, tmp_path):
     assert {token["content"]: token["id"] for token in tokenizer["added_tokens"]} == {text.END: corpus.encoding.n_vocab - 2, text.MASK: corpus.mask_id}
 
 
-@pytest.mark.parametrize("length", [40, 131])
+@pytest.mark.parametrize("length", [40, 64, 131])
 def test_attention_written_out_equals_the_library_kernel(length):
-    """Values and gradients, in bf16, against float64; long rows in two halves."""
+    """Values, gradients and the gradients of these, in bf16, against float64: part of a tile, one, and two with a part."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, heads, length, 8) for heads in (12, 4, 4, 12)]
     q, k, v, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
@@ -202,7 +203,11 @@ def test_attention_written_out_equals_the_library_kernel(length):
     for kind in (torch.bfloat16, torch.float64):
         leaves = [t.to(kind, copy=True).requires_grad_() for t in (q, k, v)]
         out = model.attend(*leaves, causal=True)
-        (out * weight.to(kind)).sum().backward()
-        results.append([out.detach(), *(t.grad for t in leaves)])
+        assert ("Tiled" in type(out.grad_fn).__name__) == (kind == torch.bfloat16)
+        first = torch.autograd.grad((out * weight.to(kind)).sum(), leaves, retain_graph=True)
+        with sdpa_kernel(SDPBackend.MATH):  # as second-order meta steps do
+            smooth = torch.autograd.grad((model.attend(*leaves, causal=True) * weight.to(kind)).sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(t.double().square().sum() for t in smooth), leaves)
+        results.append([out.detach(), *first, *second])
     for low, exact in zip(*results):
         assert low.dtype == torch.bfloat16 and (low - exact).abs().max() < 0.02 * exact.abs().max()
