@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoint import export, load_checkpoint, read_settings
 from text import END, DataError, load_encoding
@@ -70,7 +71,7 @@ def rope_tables(config, device=None):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + head_dim/2]) of x (B, T, heads, head_dim) by its position's angle."""
+    """Turn each pair (x[i], x[i + head_dim/2]) of x (B, T, heads, head_dim) by its position's angle, in the tables' precision."""
     x = x.to(cos.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -79,7 +80,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, kv = config.d_model, config.n_kv_head * config.head_dim
-        self.head_dim, self.heads = config.head_dim, (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.head_dim, self.counts = config.head_dim, (config.n_head, config.n_kv_head, config.n_kv_head)
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, kv, bias=False)
         self.v_proj = nn.Linear(d, kv, bias=False)
@@ -89,8 +90,8 @@ class Attention(nn.Module):
         """x (B, T, D) -> queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim)."""
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])  # one product instead of three
         heads = F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
-        turned, v = heads.split([sum(self.heads[:2]), self.heads[2]], dim=2)
-        q, k = rotate(turned, cos, sin).to(v.dtype).split(self.heads[:2], dim=2)
+        turned, v = heads.split([sum(self.counts[:2]), self.counts[2]], dim=2)
+        q, k = rotate(turned, cos, sin).to(v.dtype).split(self.counts[:2], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, cos, sin, cache=None):
@@ -105,20 +106,23 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
 
 
+KEPT_ATTENTION = 104_000_000  # bytes of attention that a layer on a CPU may keep for its backward pass
+
+
 def attend(q, k, v, causal):
     """Attention of queries (B, n_head, T, head_dim) over keys and values (B, n_kv_head, T, head_dim)."""
     B, heads, T, _ = q.shape
-    small = q.element_size() * B * heads * T * T <= 2 * CPU_BLOCK  # the attention of every head to every position
+    small = q.element_size() * B * heads * T * T <= KEPT_ATTENTION
     if causal and small and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32):
         return TiledAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
 class TiledAttention(torch.autograd.Function):
-    """Causal attention written out for CPUs: 64 queries at a time, whose scores stay in the cache, against the keys up to the
-    last of them. In bf16, forward and backward through the backbone took 0.15 s for 64 x 32 tokens, 0.21 for 8 x 256 and
+    """Causal attention written out for CPUs: 64 queries at a time, so that their scores may stay in the cache, against the keys
+    up to the last of them. In bf16, forward and backward through the backbone took 0.15 s for 64 x 32 tokens, 0.21 for 8 x 256 and
     0.29 for 4 x 512, with scaled_dot_product_attention 0.42, 0.42 and 0.60; in float32 0.27, 0.40 and 0.51 against 0.28,
-    0.54 and 0.80 (11m, two cores). All attention is kept for the backward pass, so `attend` comes here while it is small."""
+    0.54 and 0.80 (11m, two cores). The backward pass needs all attention, so `attend` uses this only where that is small."""
 
     @staticmethod
     def tiles(q, k, v):
@@ -144,14 +148,16 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted, and PyTorch's own attention has one
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            return torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
+        if torch.is_grad_enabled():  # a second derivative is wanted, and this one of PyTorch's kernels has it
+            with sdpa_kernel(SDPBackend.MATH):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                return torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
         scale = q.shape[-1] ** -0.5
         grad_q, scaled = torch.empty_like(q), q * scale
         grad_k, grad_v = (torch.zeros_like(t.mT, dtype=torch.float32).flatten(0, 1) for t in (k, v))
         for (rows, keys, values), attention in zip(TiledAttention.tiles(q, k, v), kept):
             queries, grad_out = (t[:, :, rows].reshape(len(keys), -1, q.shape[-1]) for t in (scaled, grad))
+            # private, but alone in computing the softmax's derivative in one pass
             grad_scores = torch._softmax_backward_data(grad_out @ values.mT, attention, -1, q.dtype)
             grad_q[:, :, rows] = (grad_scores @ keys).view_as(grad_q[:, :, rows])
             grad_k[:, :, :rows.stop] += queries.mT @ grad_scores  # transposed: three times faster than (keys, head_dim)
@@ -243,21 +249,22 @@ def compiled(backbone):
     return torch.compile(backbone, dynamic=False) if on_gpu else backbone
 
 
-CPU_BLOCK = 52_000_000  # bytes: 512 rows of 50304 scores
+CPU_BLOCK = 52_000_000  # bytes: 512 rows of 50304 scores in bf16
 
 
 @functools.lru_cache(maxsize=1)
 def scratch(numel, dtype):
-    """Memory for a block of scores, the same at every call: glibc takes as much fresh from the kernel each time, at 20 ms in page
-    faults. With smaller blocks, which it keeps, 2048 x 50304 took 5 % of a step longer (512 rows against 258)."""
-    return torch.empty(numel, dtype=dtype)
+    """Memory for a block of scores, the same at every call and so not to be kept: glibc takes as much fresh from the kernel each
+    time, at 20 ms in page faults. Smaller blocks, which it keeps, cost 5 % of a step (258 rows of 50304 instead of 512)."""
+    return torch.empty(numel, dtype=dtype, device="cpu")
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of hidden (N, D) @ weight.T (V, D) against targets (N,), a block of rows at a time.
 
     The gradients are formed in the forward pass, while a block's logits are at hand, so that (N, V) is never
-    held and never computed twice (the idea of Liger Kernel and Cut Cross-Entropy, arXiv 2411.09009)."""
+    held and never computed twice (the idea of Liger Kernel and Cut Cross-Entropy, arXiv 2411.09009). A token's
+    probability is rounded to 1 part in 256 in bf16 and is at least 1e-38, so that its loss is never above 87.5 nats."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, with_grad):
