@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import read_settings, write_atomically
-from model import Parser, cross_entropy
+from kernels import cross_entropy
+from model import Parser
 
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 FEWEST = 12        # probes that phases are seen in: of a short run they would show its first hump alone

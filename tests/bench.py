@@ -128,7 +128,7 @@ def main():
         with autocast:
             update(decoder.loss(batch[:, :-1], batch[:, 1:], backbone))
 
-    plainly = mock.patch("model.KEPT_ATTENTION", 0)  # PyTorch's own attention
+    plainly = mock.patch("kernels.KEPT_ATTENTION", 0)  # PyTorch's own attention
 
     @plainly
     def plain():
