@@ -1,7 +1,7 @@
 """How fast is a step? Prints ratios measured side by side, in one run, on this machine.
 
     python tests/bench.py [--size 11m]     # steps: under two minutes
-    python tests/bench.py --grow           # how speed and memory grow with size, context and text: some ten minutes
+    python tests/bench.py --grow           # how speed and memory grow with size, context and text: five to ten minutes
 
 The plain twin is the same decoder in float32, with PyTorch's own attention and all logits at once. The paper's way is a
 meta step as its own code performs it: the backbone runs again in every inner step, and a head scores the whole
