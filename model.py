@@ -77,7 +77,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, kv = config.d_model, config.n_kv_head * config.head_dim
-        self.head_dim, self.counts = config.head_dim, (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.head_dim, self.n_head, self.n_kv_head = config.head_dim, config.n_head, config.n_kv_head
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, kv, bias=False)
         self.v_proj = nn.Linear(d, kv, bias=False)
@@ -87,8 +87,8 @@ class Attention(nn.Module):
         """x (B, T, D) -> queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim)."""
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])  # one product instead of three
         heads = F.linear(x, weight).unflatten(-1, (-1, self.head_dim))
-        turned, v = heads.split([sum(self.counts[:2]), self.counts[2]], dim=2)
-        q, k = rotate(turned, cos, sin).to(v.dtype).split(self.counts[:2], dim=2)
+        turned, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = rotate(turned, cos, sin).to(v.dtype).split([self.n_head, self.n_kv_head], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, cos, sin, cache=None):
