@@ -1,17 +1,20 @@
-"""How fast is a step? Prints ratios measured side by side, in one run, on this machine.
+"""How fast is a step? Ratios that are measured side by side, in one run, on one machine.
 
-    python tests/bench.py [--size 11m]     # steps: under two minutes
-    python tests/bench.py --grow           # how speed and memory grow with size, context and text: five to ten minutes
+    python tests/bench.py [--size 11m]   # steps: under two minutes
+    python tests/bench.py --grow         # speed and memory by size, context, text: 5 to 10 minutes
 
-The plain twin is the same decoder in float32, with PyTorch's own attention and all logits at once. The paper's way is a
-meta step as its own code performs it: the backbone runs again in every inner step, and a head scores the whole
-vocabulary at every position.
+The plain twin is the same decoder in float32, with PyTorch's own attention and all logits at
+once. The paper's way is a meta step as its own code performs it: the backbone runs again in every
+inner step, and a head scores the whole vocabulary at every position.
 """
 import argparse
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,48 +26,349 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import probe  # noqa: E402
-import report  # noqa: E402
-from meta import HIDDEN, MetaHead, meta_flops, meta_loss  # noqa: E402
-from model import SIZES, Config, Decoder, backbone_flops, compiled, lm_flops, pick_device, precision  # noqa: E402
+from meta import HIDDEN, MetaHead, adapt, meta_flops, meta_loss  # noqa: E402
+from model import SIZES, Config, Decoder, backbone_flops, lm_flops  # noqa: E402
+from plumbing.machine import compiled, peak_memory, pick_device, precision  # noqa: E402
 
-BATCH, LENGTH = 8, 256                                    # a next-token step
-WAY, SHOT, QUERY, ROW, INNER_STEPS = 32, 4, 2, 32, 10     # a meta step
-PAPER_ROWS, PAPER_LENGTH = 4, 256                         # the meta step performed the paper's way
+# A next-token step: rows and tokens in each.
+BATCH, LENGTH = 8, 256
+# A meta step: words, examples of each, tokens in each.
+WAY, SHOT, QUERY, ROW = 32, 4, 2, 32
+INNER_STEPS, INNER_LR = 10, 0.1
+# A meta step performed the paper's way: rows, tokens in each, and its inner learning rate.
+PAPER_ROWS, PAPER_LENGTH, PAPER_LR = 4, 256, 0.01
+# The same tokens as rows that end at a masked word.
+PAPER_WAY, PAPER_SHOT = 8, 2
+# Tokens in each of the steps of --grow.
+GROW_TOKENS = 2048
+# The measured matrix products have this many rows and columns; on a GPU, training's precision is
+# measured with larger ones.
+PRODUCT, GPU_PRODUCT = 2048, 8192
 
+
+# ---- the clock ---------------------------------------------------------------------------------
+
+def seconds_of_one(step, device):
+    """How long one call of a function takes, until the device is done."""
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - started
+
+
+def median_seconds(steps, repeats, device):
+    """The median time of each of several functions over `repeats` rounds. They take turns, so
+    that what else the machine does meanwhile falls on all of them. The first round warms up."""
+    times = [[] for _ in steps]
+    for _ in range(1 + repeats):
+        for step, own_times in zip(steps, times):
+            own_times.append(seconds_of_one(step, device))
+    return [sorted(own_times[1:])[repeats // 2] for own_times in times]
+
+
+def product_flops(dtype, device):
+    """FLOP/s of a plain matrix product in one precision: the median of ten."""
+    a, b = torch.randn(2, PRODUCT, PRODUCT, device=device).to(dtype)
+    seconds = median_seconds([partial(torch.mm, a, b)], 10, device)
+    return 2 * PRODUCT ** 3 / seconds[0]
+
+
+def matmul_peak(device):
+    """FLOP/s of a plain matrix product in the precision of training: the best of five."""
+    size = GPU_PRODUCT if device.type == "cuda" else PRODUCT
+    times = []
+    with precision(device):
+        a = torch.randn(size, size, device=device)
+        a = (a @ a) / size  # in the precision of a product
+        for _ in range(5):
+            times.append(seconds_of_one(partial(torch.mm, a, a), device))
+    return 2 * size ** 3 / min(times)
+
+
+# ---- the steps ---------------------------------------------------------------------------------
+
+@dataclass
+class Models:
+    """What the steps train. The backbone is the decoder's, compiled where training compiles it."""
+    device: torch.device
+    decoder: Decoder
+    backbone: torch.nn.Module
+    meta_head: MetaHead
+    optimizer: torch.optim.Optimizer
+
+
+def build_models(size, vocab_size, device):
+    generator = torch.Generator().manual_seed(0)
+    config = Config(SIZES[size], vocab_size)
+    decoder = Decoder(config, generator).to(device)
+    meta_head = MetaHead(config.d_model, "slots", WAY, 0, generator).to(device)
+    parameters = [*decoder.parameters(), *meta_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    return Models(device, decoder, compiled(decoder.model), meta_head, optimizer)
+
+
+class PapersLearner(torch.nn.Module):
+    """Token ids (B, T) -> scores of the vocabulary (B * T, V): a backbone under a head of the
+    paper's shape."""
+
+    def __init__(self, backbone, d_model, vocab_size):
+        super().__init__()
+        self.backbone = backbone
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(d_model, HIDDEN), torch.nn.ReLU(),
+            torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(),
+            torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(),
+            torch.nn.Linear(HIDDEN, vocab_size))
+
+    def forward(self, ids):
+        return self.head(self.backbone(ids)).flatten(0, 1)
+
+
+def random_ids(rows, length, vocab_size, device):
+    return torch.randint(vocab_size, (rows, length)).to(device)
+
+
+def random_episode(vocab_size, device):
+    """An Episode of the shape of a meta step, whose rows are random tokens."""
+    words = torch.arange(WAY, device=device)
+    return data.Episode(
+        support_ids=random_ids(WAY * SHOT, ROW, vocab_size, device),
+        support_labels=words.repeat_interleave(SHOT),
+        query_ids=random_ids(WAY * QUERY, ROW, vocab_size, device),
+        query_labels=words.repeat_interleave(QUERY),
+        words=words)
+
+
+def papers_tokens_as_episode(paper_ids):
+    """An Episode of the tokens (PAPER_ROWS, PAPER_LENGTH): half of the rows of ROW tokens are
+    support rows, the others are query rows."""
+    rows = paper_ids.reshape(-1, ROW)
+    half = PAPER_WAY * PAPER_SHOT
+    words = torch.arange(PAPER_WAY, device=paper_ids.device)
+    labels = words.repeat_interleave(PAPER_SHOT)
+    return data.Episode(rows[:half], labels, rows[half:], labels, words)
+
+
+def update(models, loss):
+    loss.backward()
+    models.optimizer.step()
+    models.optimizer.zero_grad()
+
+
+def next_token_step(models, batch):
+    """A next-token step on batch (B, T+1), as training performs it."""
+    with precision(models.device):
+        loss = models.decoder.loss(batch[:, :-1], batch[:, 1:], models.backbone)
+    update(models, loss)
+
+
+def plain_twin_step(models, batch):
+    """The same in float32, with PyTorch's own attention and all logits at once."""
+    with mock.patch("plumbing.kernels.KEPT_ATTENTION", 0):
+        logits = models.decoder(batch[:, :-1])  # (B, T, V)
+        update(models, F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+
+
+def meta_step(models, episode, inner):
+    """A meta step, as training performs it: only a backbone that is not adapted is compiled."""
+    backbone = models.backbone if inner == "head" else models.decoder.model
+    with precision(models.device):
+        loss, _ = meta_loss(backbone, models.meta_head, episode, inner, INNER_STEPS, INNER_LR)
+    update(models, loss)
+
+
+def backbone_step(models, episode):
+    """The backbone's part of a meta step: the support rows forward, the query rows forward and
+    backward."""
+    with precision(models.device):
+        with torch.no_grad():
+            models.backbone(episode.support_ids)
+        loss = models.backbone(episode.query_ids)[:, -1].sum()
+    update(models, loss)
+
+
+def papers_step(models, learner, paper_ids):
+    """A meta step the paper's way: every inner step runs the backbone again."""
+    targets = paper_ids.flatten()
+    start = {f"head.{name}": p for name, p in learner.head.named_parameters()}
+    with mock.patch("plumbing.kernels.KEPT_ATTENTION", 0):
+        fast = adapt(learner, start, paper_ids, targets, INNER_STEPS, PAPER_LR)
+        scores = torch.func.functional_call(learner, fast, (paper_ids,))  # (B * T, V)
+        update(models, F.cross_entropy(scores, targets))
+    learner.head.zero_grad()
+
+
+def probe_step(models, batch):
+    """A probe of training's size: four windows of 128 tokens."""
+    with precision(models.device):
+        probe.measure(models.decoder, batch[:probe.BATCH, :129])
+
+
+# ---- the report --------------------------------------------------------------------------------
+
+@dataclass
+class Row:
+    """A step of the table: its name, a function that performs it, the tokens that it sees, and
+    its model FLOPs, 0 where they are not counted."""
+    name: str
+    step: Callable
+    tokens: int
+    flops: int = 0
+
+
+def print_rows(rows, repeats, device, peak):
+    """Time the steps of rows side by side and print them: the first one, and what it is compared
+    with. The peak is in FLOP/s. Returns {name: seconds}."""
+    took = {}
+    times = median_seconds([row.step for row in rows], repeats, device)
+    for row, seconds in zip(rows, times):
+        name = f"  {row.name}" if took else row.name
+        line = f"{name:<32} {seconds:>8.3f} {row.tokens / seconds:>9,.0f}"
+        if row.flops:
+            flops_per_second = row.flops / seconds
+            line += f" {flops_per_second / 1e9:>8.0f}  {flops_per_second / peak:.0%}"
+        print(line, flush=True)
+        took[row.name] = seconds
+    return took
+
+
+def next_token_rows(models, batch):
+    """The next-token step and its plain twin."""
+    tokens, flops = BATCH * LENGTH, lm_flops(models.decoder.config, BATCH, LENGTH)
+    return [Row("next-token step", partial(next_token_step, models, batch), tokens, flops),
+            Row("the plain twin", partial(plain_twin_step, models, batch), tokens, flops)]
+
+
+def meta_row(models, episode, inner):
+    """A meta step of one inner loop."""
+    flops = meta_flops(models.decoder.config, models.meta_head, WAY, SHOT, QUERY, ROW, inner,
+                       INNER_STEPS, second_order=False)
+    return Row(f"meta step, inner {inner}", partial(meta_step, models, episode, inner),
+               WAY * (SHOT + QUERY) * ROW, flops)
+
+
+def backbone_row(models, episode):
+    config = models.decoder.config
+    support_flops = backbone_flops(config, WAY * SHOT, ROW)
+    query_flops = 3 * backbone_flops(config, WAY * QUERY, ROW)
+    return Row("backbone work of its tokens", partial(backbone_step, models, episode),
+               WAY * (SHOT + QUERY) * ROW, support_flops + query_flops)
+
+
+def papers_rows(models, paper_ids):
+    """Our meta step and the paper's on the same tokens."""
+    config = models.decoder.config
+    learner = PapersLearner(models.decoder.model, config.d_model, config.vocab_size)
+    learner.to(models.device)
+    episode, tokens = papers_tokens_as_episode(paper_ids), paper_ids.numel()
+    return [Row("meta step, 4 x 256 tokens", partial(meta_step, models, episode, "head"), tokens),
+            Row("the paper's way", partial(papers_step, models, learner, paper_ids), tokens)]
+
+
+def print_table(models, batch, repeats, peak):
+    """Time all steps and print them; returns {name: seconds}."""
+    vocab_size, device = models.decoder.config.vocab_size, models.device
+    episode = random_episode(vocab_size, device)
+    paper_ids = random_ids(PAPER_ROWS, PAPER_LENGTH, vocab_size, device)
+    print(f"{'':<32} {'seconds':>8} {'tokens/s':>9} {'GFLOP/s':>8}  of float32 peak")
+    took = print_rows(next_token_rows(models, batch), repeats, device, peak)
+    rows = [meta_row(models, episode, "head"), backbone_row(models, episode)]
+    took |= print_rows(rows, repeats, device, peak)
+    took |= print_rows([meta_row(models, episode, "all")], 1, device, peak)
+    took |= print_rows(papers_rows(models, paper_ids), 2, device, peak)
+    return took
+
+
+def print_ratios(models, took):
+    """What the table says, in words."""
+    next_token, meta = took["next-token step"], took["meta step, inner head"]
+    times = took["the plain twin"] / next_token
+    print(f"next-token step: {times:.1f} times the plain twin's tokens per second")
+    achieved = lm_flops(models.decoder.config, BATCH, LENGTH) / next_token
+    possible = matmul_peak(models.device)
+    print(f"  {achieved / possible:.0%} of the {possible / 1e9:,.0f} GFLOP/s of a plain matrix "
+          "product in the precision of training")
+    print(f"meta step: {meta / took['backbone work of its tokens']:.2f} times the backbone work "
+          f"of its tokens, {meta / next_token:.2f} times a next-token step")
+    slower = took["the paper's way"] / took["meta step, 4 x 256 tokens"]
+    note = ""
+    if models.backbone is not models.decoder.model:
+        note = " (ours compiled, it and the plain twin not)"
+    print(f"the paper's way: {slower:.0f} times slower on the same tokens{note}")
+
+
+def print_shares(models, batch, took):
+    """What else a run does, in shares of its steps: probes, and drawing episodes and batches."""
+    next_token, meta = took["next-token step"], took["meta step, inner head"]
+    probes = median_seconds([partial(probe_step, models, batch)], 3, models.device)
+    steps = probes[0] / next_token
+    print(f"a probe: {steps:.1f} next-token steps' time; every 100 updates, {steps / 100:.1%} of "
+          "them")
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        made_up_text(text, 2)
+        corpus = data.load(text, vocab_size=8192, cache=Path(folder) / "cache", quiet=True)
+        sampler = data.EpisodeSampler(corpus, WAY, SHOT, QUERY, ROW)
+        draws = [partial(sampler.draw, 0, 0),
+                 partial(data.lm_batch, corpus.train, 0, BATCH, LENGTH, 0)]
+        episode_seconds, batch_seconds = median_seconds(draws, 20, models.device)
+    print(f"drawing an episode: {episode_seconds / meta:.1%} of a meta step; drawing a batch: "
+          f"{batch_seconds / next_token:.1%} of a next-token step")
+
+
+def print_steps(size, vocab_size, repeats, device):
+    """The report without --grow."""
+    torch.manual_seed(0)
+    models = build_models(size, vocab_size, device)
+    batch = random_ids(BATCH, LENGTH + 1, vocab_size, device)
+    with precision(device):
+        in_bf16 = torch.is_autocast_enabled(device.type)
+    peak = product_flops(torch.float32, device)
+    bf16_peak = product_flops(torch.bfloat16, device)
+    print(f"{size}, {vocab_size} words, {device.type}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, steps in {'bf16' if in_bf16 else 'float32'}")
+    print(f"matrix products of {PRODUCT}: {peak / 1e9:.0f} GFLOP/s in float32, "
+          f"{bf16_peak / 1e9:.0f} in bf16")
+    took = print_table(models, batch, repeats, peak)
+    print_ratios(models, took)
+    print_shares(models, batch, took)
+    print(peak_memory(device))
+
+
+# ---- growth ------------------------------------------------------------------------------------
 
 def made_up_text(path, megabytes):
-    """Write text in which 50,000 words stand as often as in a language (Zipf), with sentences and numbers."""
+    """Write text in which 50,000 words stand as often as in a language (Zipf), with sentences and
+    numbers."""
     rng = np.random.default_rng(0)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-    words = np.array([" " + "".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(50_000)])
+    words = []
+    for _ in range(50_000):
+        words.append(" " + "".join(rng.choice(syllables, rng.integers(2, 5))))
+    words = np.array(words)
     words[::50] = [f" {i}" for i in range(1000)]
     words[7::300] = ".\n"
     size = 0
     with open(path, "w") as file:
         while size < megabytes * 1e6:
-            size += file.write("".join(words[(rng.zipf(1.2, 100_000) - 1) % len(words)]))
+            ranks = rng.zipf(1.2, 100_000) - 1
+            size += file.write("".join(words[ranks % len(words)]))
 
 
-def one_step(size, length):
-    """In a process of its own: tokens per second of next-token steps of 2048 tokens, and peak memory."""
+def print_one_step(size, length):
+    """In a process of its own: tokens per second of next-token steps, and peak memory."""
     device = pick_device()
-    decoder = Decoder(Config(SIZES[size]), torch.Generator().manual_seed(0)).to(device)
-    optimizer, backbone = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True), compiled(decoder.model)
-    batch = torch.randint(50304, (2048 // length, length + 1), device=device)
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        with precision(device):
-            decoder.loss(batch[:, :-1], batch[:, 1:], backbone).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    print(f"{size:>6} {length:>8} {2048 / min(times[1:]):>10,.0f}{report.peak_memory(device).removeprefix(', peak'):>24}", flush=True)
+    models = build_models(size, Config.vocab_size, device)
+    batch = random_ids(GROW_TOKENS // length, length + 1, Config.vocab_size, device)
+    times = [seconds_of_one(partial(next_token_step, models, batch), device) for _ in range(3)]
+    rate = GROW_TOKENS / min(times[1:])
+    print(f"{size:>6} {length:>8} {rate:>10,.0f}{peak_memory(device):>24}", flush=True)
 
 
-def one_text(megabytes):
+def print_one_text(megabytes):
     """In a process of its own: megabytes of text prepared per second, and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
@@ -72,151 +376,49 @@ def one_text(megabytes):
         started = time.perf_counter()
         corpus = data.load(path, cache=Path(folder) / "cache", quiet=True)
         took = time.perf_counter() - started
-        print(f"{megabytes:>6,} {took:>8.1f} {megabytes / took:>10.2f} {(len(corpus.train) + len(corpus.val)) / took:>12,.0f}"
-              f"{report.peak_memory(torch.device('cpu')).removeprefix(', peak'):>24}", flush=True)
+        tokens = len(corpus.train) + len(corpus.val)
+        memory = peak_memory(torch.device("cpu"))
+        print(f"{megabytes:>6,} {took:>8.1f} {megabytes / took:>10.2f} {tokens / took:>12,.0f}"
+              f"{memory:>24}", flush=True)
 
 
-def grow(script):
-    print(f"  size  context   tokens/s{'':>24}   next-token steps of 2048 tokens, {pick_device().type}, {torch.get_num_threads()} threads", flush=True)
+def grow():
+    """Tokens per second and memory over sizes and contexts, and over megabytes of text."""
+    script = [sys.executable, __file__]
+    print(f"  size  context   tokens/s{'':>24}   next-token steps of {GROW_TOKENS} tokens, "
+          f"{pick_device().type}, {torch.get_num_threads()} threads", flush=True)
     for size in ("11m", "65m", "181m"):
         for length in (256, 512, 1024, 2048):
             subprocess.run([*script, "--one-step", size, str(length)], check=True)
-    print("    MB  seconds       MB/s     tokens/s   preparation of text: tokenizer, tokens", flush=True)
+    print("    MB  seconds       MB/s     tokens/s   preparation of text: tokenizer, tokens",
+          flush=True)
     for megabytes in (1, 10, 100, 1000):
         subprocess.run([*script, "--one-text", str(megabytes)], check=True)
 
 
+# ---- the command -------------------------------------------------------------------------------
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--grow", action="store_true", help="tokens/s and memory over sizes, contexts, and megabytes of text")
-    parser.add_argument("--one-step", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--one-text", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--size", choices=SIZES, default="11m")
-    parser.add_argument("--device")
-    parser.add_argument("--vocab-size", type=int, default=50304)
-    parser.add_argument("--repeats", type=int, default=5)
+    add = parser.add_argument
+    add("--grow", action="store_true",
+        help="tokens/s and memory over sizes, contexts, and megabytes of text")
+    add("--one-step", nargs=2, help=argparse.SUPPRESS)
+    add("--one-text", type=int, help=argparse.SUPPRESS)
+    add("--size", choices=SIZES, default="11m")
+    add("--device")
+    add("--vocab-size", type=int, default=Config.vocab_size)
+    add("--repeats", type=int, default=5)
     args = parser.parse_args()
     if args.grow:
-        return grow([sys.executable, __file__])
-    if args.one_step:
-        return one_step(args.one_step[0], int(args.one_step[1]))
-    if args.one_text:
-        return one_text(args.one_text)
-    device = pick_device(args.device)
-    autocast = precision(device)
-    generator = torch.Generator().manual_seed(0)
-    config = Config(SIZES[args.size], args.vocab_size)
-    decoder = Decoder(config, generator).to(device)
-    head = MetaHead(config.d_model, "slots", WAY, 0, generator).to(device)
-    optimizer = torch.optim.AdamW([*decoder.parameters(), *head.parameters()], lr=1e-4, fused=True)
-    ids = lambda rows, length: torch.randint(args.vocab_size, (rows, length), generator=generator).to(device)
-    batch = ids(BATCH, LENGTH + 1)
-    labels = torch.arange(WAY, device=device)
-    episode = data.Episode(ids(WAY * SHOT, ROW), labels.repeat_interleave(SHOT), ids(WAY * QUERY, ROW), labels.repeat_interleave(QUERY), labels)
-    wide = torch.nn.Sequential(torch.nn.Linear(config.d_model, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(),
-                               torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, args.vocab_size)).to(device)
-    paper_ids = ids(PAPER_ROWS, PAPER_LENGTH)
-
-    def update(loss):
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    backbone = compiled(decoder.model)
-
-    def next_token():
-        with autocast:
-            update(decoder.loss(batch[:, :-1], batch[:, 1:], backbone))
-
-    plainly = mock.patch("kernels.KEPT_ATTENTION", 0)  # PyTorch's own attention
-
-    @plainly
-    def plain():
-        update(F.cross_entropy(decoder(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()))
-
-    def meta(inner):
-        with autocast:
-            update(meta_loss(backbone if inner == "head" else decoder.model, head, episode, inner, INNER_STEPS, 0.1)[0])
-
-    def backbone_share(support=episode.support_ids, query=episode.query_ids):
-        with autocast:
-            with torch.no_grad():
-                backbone(support)
-            update(backbone(query)[:, -1].sum())
-
-    @plainly
-    def papers_way():
-        def loss(fast):
-            return F.cross_entropy(torch.func.functional_call(wide, fast, (decoder.model(paper_ids),)).flatten(0, 1), paper_ids.flatten())
-        fast = dict(wide.named_parameters())
-        for _ in range(INNER_STEPS):
-            grads = torch.autograd.grad(loss(fast), tuple(fast.values()))
-            fast = {name: p - 0.01 * g for (name, p), g in zip(fast.items(), grads)}
-        update(loss(fast))
-        wide.zero_grad()
-
-    def ours_on_the_papers_tokens():
-        """The same 4 x 256 tokens as rows that end at a masked word: 16 support rows, 16 query rows, 8 ways."""
-        rows = paper_ids.reshape(-1, ROW)
-        label = torch.arange(8, device=device).repeat_interleave(2)
-        with autocast:
-            update(meta_loss(backbone, head, data.Episode(rows[:16], label, rows[16:], label, label[::2]), "head", INNER_STEPS, 0.1)[0])
-
-    def seconds(repeats, *steps):
-        """The median time of each step over `repeats` rounds, in which they take turns, after one round that warms up:
-        what else the machine does meanwhile then falls on all of them."""
-        times = []
-        for _ in range(repeats + 1):
-            for step in steps:
-                started = time.perf_counter()
-                step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - started)
-        return [sorted(times[i::len(steps)][1:])[repeats // 2] for i in range(len(steps))]
-
-    peaks = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
-        peaks[dtype] = 2 * 2048 ** 3 / seconds(10, lambda: a @ b)[0]
-    print(f"{args.size}, {args.vocab_size} words, {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"steps in {'bf16' if autocast._enabled else 'float32'}")
-    print(f"matrix products of 2048: {peaks[torch.float32] / 1e9:.0f} GFLOP/s in float32, {peaks[torch.bfloat16] / 1e9:.0f} in bf16")
-    lm_tokens, meta_tokens = BATCH * LENGTH, WAY * (SHOT + QUERY) * ROW
-    flops = {inner: meta_flops(config, head, WAY, SHOT, QUERY, ROW, inner, INNER_STEPS, False) for inner in ("head", "all")}
-    paper_tokens = paper_ids.numel()
-    groups = [(args.repeats, [("next-token step", next_token, lm_tokens, lm_flops(config, BATCH, LENGTH)),
-                              ("  the plain twin", plain, lm_tokens, lm_flops(config, BATCH, LENGTH))]),
-              (args.repeats, [("meta step, inner head", lambda: meta("head"), meta_tokens, flops["head"]),
-                              ("  backbone work of its tokens", backbone_share, meta_tokens,
-                               backbone_flops(config, WAY * SHOT, ROW) + 3 * backbone_flops(config, WAY * QUERY, ROW))]),
-              (1, [("meta step, inner all", lambda: meta("all"), meta_tokens, flops["all"])]),
-              (2, [("meta step, 4 x 256 tokens", ours_on_the_papers_tokens, paper_tokens, None), ("  the paper's way", papers_way, paper_tokens, None)])]
-    took = {}
-    print(f"{'':<32} {'seconds':>8} {'tokens/s':>9} {'GFLOP/s':>8}  of float32 peak")
-    for repeats, rows in groups:
-        for (name, _, tokens, count), t in zip(rows, seconds(repeats, *(row[1] for row in rows))):
-            took[name.strip()] = t
-            achieved = f"{count / t / 1e9:>8.0f}  {count / t / peaks[torch.float32]:.0%}" if count else ""
-            print(f"{name:<32} {t:>8.3f} {tokens / t:>9,.0f} {achieved}", flush=True)
-    print(f"next-token step: {took['the plain twin'] / took['next-token step']:.1f} times the plain twin's tokens per second")
-    print(f"meta step: {took['meta step, inner head'] / took['backbone work of its tokens']:.2f} times the backbone work of its tokens, "
-          f"{took['meta step, inner head'] / took['next-token step']:.2f} times a next-token step")
-    slower = took["the paper's way"] / took["meta step, 4 x 256 tokens"]
-    print(f"the paper's way: {slower:.0f} times slower on the same tokens" + " (ours compiled, it and the plain twin not)" * (backbone is not decoder.model))
-
-    def one_probe():
-        with autocast:
-            probe.measure(decoder, batch[:4, :129])
-    steps = seconds(3, one_probe)[0] / took["next-token step"]
-    print(f"a probe: {steps:.1f} next-token steps' time; every 100 updates, {steps / 100:.1%} of them")
-    with tempfile.TemporaryDirectory() as folder:
-        made_up_text(Path(folder) / "text.txt", 2)
-        corpus = data.load(Path(folder) / "text.txt", vocab_size=8192, cache=Path(folder) / "cache", quiet=True)
-        sampler = data.EpisodeSampler(corpus, WAY, SHOT, QUERY, ROW)
-        print(f"drawing an episode: {seconds(20, lambda: sampler.draw(0, 0))[0] / took['meta step, inner head']:.1%} of a meta step; "
-              f"drawing a batch: {seconds(20, lambda: data.lm_batch(corpus.train, 0, BATCH, LENGTH, 0))[0] / took['next-token step']:.1%} of a next-token step")
-    print(report.peak_memory(device).removeprefix(", "))
+        grow()
+    elif args.one_step:
+        size, length = args.one_step
+        print_one_step(size, int(length))
+    elif args.one_text:
+        print_one_text(args.one_text)
+    else:
+        print_steps(args.size, args.vocab_size, args.repeats, pick_device(args.device))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What the chapters stand on, and a reader may skip. Nothing in here imports a chapter."""

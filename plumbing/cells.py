@@ -1,0 +1,89 @@
+"""The results of ner.py: one cell for each run, training treebank, mode, seed and test treebank.
+
+They lie in ner.json, a list of dicts. A cell remembers the settings it was computed with, so that
+a stopped job goes on where it was and never mixes results of different kinds.
+"""
+import itertools
+import json
+from pathlib import Path
+
+from plumbing.checkpoints import fingerprint
+from plumbing.commands import UserError
+from plumbing.files import write_atomically
+from plumbing.text import digest
+
+# These name a cell.
+KEY = ("run", "train", "mode", "seed", "test")
+FILE = "ner.json"
+
+
+def read_cells(folder):
+    """{(run, train, mode, seed, test): cell} of the ner.json in a folder; {} if there is none.
+    Raises UserError if it is something else."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        return {}
+    cells = {}
+    try:
+        for cell in json.loads(path.read_text()):
+            if not cell["settings"].items() or not cell["counts"]:
+                raise KeyError
+            cells[tuple(cell[key] for key in KEY)] = cell
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a list of result cells: move it away, or choose another "
+                        "--out") from None
+    return cells
+
+
+def write_cells(cells, folder):
+    lines = ",\n".join(map(json.dumps, cells.values()))
+    write_atomically(Path(folder) / FILE, f"[{lines}]\n")
+
+
+def predictions_path(folder, cell):
+    run, train, mode, seed, test = cell
+    return Path(folder) / f"{run}__{train}__{mode}__seed{seed}__{test}.tsv"
+
+
+def write_predictions(folder, cell, sentences, predicted):
+    """Write `word TAB gold TAB predicted` lines, with a blank line between sentences."""
+    blocks = []
+    for sentence, tags in zip(sentences, predicted):
+        rows = zip(sentence.words, sentence.tags, tags)
+        blocks.append("\n".join("\t".join(row) for row in rows))
+    write_atomically(predictions_path(folder, cell), "\n\n".join(blocks) + "\n")
+
+
+def cells_to_compute(args, models, treebanks, cells, rates):
+    """{(run, train, mode, seed, test): settings} of the cells that are still missing.
+
+    models is {run: (decoder, encoding)}, rates {(run, mode): learning rate}. The settings are all
+    that a result depends on. Raises UserError if a finished cell was computed with others."""
+    weights = {run: fingerprint(decoder.state_dict())[:16]
+               for run, (decoder, _) in models.items()}
+    texts = {key: digest(json.dumps(sentences)).hex()[:16]
+             for key, sentences in treebanks.items()}
+    missing = {}
+    for cell in itertools.product(models, args.train, args.mode, range(args.seeds), args.test):
+        run, train, mode, _, test = cell
+        settings = {"epochs": args.epochs, "batch_size": args.batch_size, "max_len": args.max_len,
+                    "lr": rates[run, mode], "checkpoint": weights[run],
+                    "train": texts[train, "train"], "dev": texts.get((train, "dev")),
+                    "test": texts[test, "test"],
+                    # always so now; earlier versions had flags for them
+                    "subtoken": "first", "strict": False}
+        if cell in cells:
+            check_same(cell, cells[cell]["settings"], settings, args.out)
+        no_predictions = args.predictions and not predictions_path(args.out, cell).exists()
+        if cell not in cells or no_predictions:
+            missing[cell] = settings
+    return missing
+
+
+def check_same(cell, old, new, folder):
+    differing = [f"{key} {old.get(key)} there, {new[key]} now"
+                 for key in new if old.get(key) != new[key]]
+    if differing:
+        name = " ".join(map(str, cell))
+        raise UserError(f"{folder}/{FILE} has another {name} ({', '.join(differing)}): "
+                        "choose another --out")

@@ -1,0 +1,228 @@
+"""Several runs at equal cost: how much sooner does one group reach the same held-out loss?
+
+Runs that differ in their seed alone form a group, and later groups are compared with the first.
+The loss is that of the same validation text, against updates, tokens, FLOPs and seconds. The
+paper's own reading, a mixed training loss against updates, stands beside it.
+"""
+import itertools
+import json
+import math
+from collections import Counter
+
+import numpy as np
+
+from plumbing.logs import series
+from plumbing.phases import CURVES
+from plumbing.statistics import in_words, mean_and_spread
+
+# key in a line of the log -> in words
+COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs",
+         "seconds": "seconds of training"}
+FEWSHOT = {"fewshot_before": "head before", "fewshot_after": "head after",
+           "fewshot_after_new": "head after*", "fewshot_prototype": "prototype*"}
+STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
+# These settings do not make a configuration.
+NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device",
+                       "device_name", "versions", "head_parameters"}
+# Losses at which the costs of two groups are compared.
+LEVELS = 6
+
+
+# ---- groups ------------------------------------------------------------------------------------
+
+def group_runs(runs):
+    """{label: [(settings, anything)]} of runs, a list of (settings, anything).
+
+    Runs that differ in their seed alone are one group, sorted by seed and labelled by the name of
+    the first. A second run of the same seed, which may be of other code, begins another group."""
+    groups, seen = {}, Counter()
+    for settings, content in runs:
+        configuration = {key: value for key, value in settings.items()
+                         if key not in NOT_A_CONFIGURATION}
+        text = json.dumps(configuration, sort_keys=True)
+        seed = settings["seed"]
+        groups.setdefault((text, seen[text, seed]), []).append((settings, content))
+        seen[text, seed] += 1
+    members = [sorted(group, key=lambda run: run[0]["seed"]) for group in groups.values()]
+    names = [group[0][0]["name"] for group in members]
+    labelled = {}
+    for i, (name, group) in enumerate(zip(names, members), start=1):
+        label = f"{name} ({i})" if names.count(name) > 1 else name
+        labelled[label] = group
+    return labelled
+
+
+# ---- comparison --------------------------------------------------------------------------------
+
+def compare(groups):
+    """Compare the second and later groups, {label: [(settings, lines)]}, with the first.
+
+    Returns what the table and the picture show: {"loss": its key in the log, "unit",
+    "groups": {label: final figures}, "sooner_by": {label: ratios}}. Runs on different texts or
+    tokenizers are compared in bits per byte, since their nats per token are not comparable."""
+    texts = set()
+    for runs in groups.values():
+        for settings, _ in runs:
+            texts.add((settings.get("corpus_sha256"), settings["vocab_size"],
+                       settings.get("tokenizer")))
+    same_text = len(texts) == 1
+    loss = "val_loss" if same_text else "bits_per_byte"
+    result = {"loss": loss, "unit": "nats per token" if same_text else "bits per byte",
+              "groups": {}, "sooner_by": {}}
+    logs = {}
+    for label, runs in groups.items():
+        names = [settings["name"] for settings, _ in runs]
+        logs[label] = [lines for _, lines in runs]
+        result["groups"][label] = {"runs": names} | final_figures(logs[label], loss)
+    first, *others = logs
+    for label in others:
+        entry = ratios(logs[first], logs[label], loss)
+        if same_text:
+            entry |= papers_reading(logs[first], logs[label])
+        result["sooner_by"][label] = entry
+    return result
+
+
+def final_figures(logs, loss):
+    """{key: {"mean", "sd", "untrained"}} at the end of the runs with these logs, for the figures
+    that all of them have; and {curve: {"mean", "sd"}} of the probes, a list over layers."""
+    figures = {}
+    keys = [loss, *FEWSHOT, *STANDARD_ERROR.values(), "fewshot_lookup", "fewshot_chance"]
+    for key in keys:
+        curves = [series(lines, key)[1] for lines in logs]
+        if all(map(len, curves)):
+            untrained = mean_and_spread([curve[0] for curve in curves])["mean"]
+            ends = mean_and_spread([curve[-1] for curve in curves])
+            figures[key] = ends | {"untrained": untrained}
+    for name, path in CURVES.items():
+        curves = [series(lines, *path)[1] for lines in logs]
+        if all(map(len, curves)):
+            ends = [curve[-1] for curve in curves]
+            if ends[0].ndim == 2:  # entropy: the mean of a layer's heads
+                ends = [end.mean(axis=1) for end in ends]
+            figures[name] = mean_and_spread(ends)
+    return figures
+
+
+def ratios(first, second, loss):
+    """{"levels": losses, and for each cost {"mean", "sd"} by level}: how many times less of each
+    cost the logs `second` need than the logs `first` to reach each loss."""
+    losses = [series(lines, loss)[1] for lines in first + second]
+    # The levels begin where all runs have been evaluated twice. Before that, a line between two
+    # points would be fiction. They end at the last common loss.
+    end = max(curve.min() for curve in losses)
+    begin = max(end, min(curve[:2][-1] for curve in losses))
+    levels = np.unique(np.linspace(begin, end, LEVELS))[::-1]
+    entry = {"levels": levels.tolist()}
+    for cost in COSTS:
+        first_curves = [series(lines, loss, x=cost) for lines in first]
+        second_curves = [series(lines, loss, x=cost) for lines in second]
+        entry[cost] = sooner_by(first_curves, second_curves, levels)
+    return entry
+
+
+def papers_reading(first, second):
+    """{"papers_reading": {"level", "mean", "sd"}}: the ratio of updates at the last common mixed
+    training loss; {} if there is none."""
+    first_curves = [mixed_loss(lines) for lines in first]
+    second_curves = [mixed_loss(lines) for lines in second]
+    losses = [loss for _, loss in first_curves + second_curves]
+    if not all(map(len, losses)):
+        return {}
+    level = max(loss.min() for loss in losses)
+    ratio = sooner_by(first_curves, second_curves, [level])
+    return {"papers_reading": {"level": float(level)} | ratio}
+
+
+def mixed_loss(lines):
+    """(updates, loss): the training loss of updates of both kinds, as the paper reads it, mean of
+    the last 50."""
+    steps, loss = series(lines, "loss")
+    width = min(50, max(1, len(loss) // 4))
+    return steps[width - 1:], np.convolve(loss, np.ones(width) / width, mode="valid")
+
+
+def sooner_by(first, second, levels):
+    """{"mean", "sd"} by level, over pairs of curves (costs (S,), losses (S,)): how many times
+    less `second` needs than `first`.
+
+    The i-th curve is paired with the i-th where there are as many (the same seeds), else each
+    with each. A level that a curve never reached gives None."""
+    if len(first) == len(second):
+        pairs = list(zip(first, second))
+    else:
+        pairs = list(itertools.product(first, second))
+    found = []
+    for one, other in pairs:
+        found.append([first_reach(*one, level) / first_reach(*other, level) for level in levels])
+    return mean_and_spread(found)
+
+
+def first_reach(costs, losses, level):
+    """The cost at which a curve first comes down to `level`, interpolated between its points; NaN
+    if it never does, or if it began below, since then no one knows when it passed."""
+    i = int((losses <= level).argmax())
+    if losses[i] > level:
+        return math.nan
+    if i == 0:
+        return float(costs[0]) if losses[0] == level else math.nan
+    return float(np.interp(level, losses[[i, i - 1]], costs[[i, i - 1]]))
+
+
+# ---- in words ----------------------------------------------------------------------------------
+
+def comparison_table(result):
+    """What `compare` found, in words."""
+    names = "".join(f"{name:>18}" for name in FEWSHOT.values())
+    lines = [f"final figures; loss in {result['unit']} on validation text; "
+             "+- is the standard deviation over seeds",
+             f"{'':<20} {'loss':>16} {names}{'untrained prototype*':>22} {'chance':>8}",
+             "* on queries that the previous-token look-up cannot answer"]
+    for label, figures in result["groups"].items():
+        lines += final_rows(label, figures, result["loss"])
+    first = next(iter(result["groups"]))
+    for label, entry in result["sooner_by"].items():
+        lines += ["", f"{label} reaches the same held-out loss sooner than {first} by a factor of "
+                      "(below 1: later)",
+                  f"{'loss':>8} " + "".join(f"{name:>22}" for name in COSTS.values())]
+        for i, level in enumerate(entry["levels"]):
+            cells = [f"{ratio_in_words(entry[cost], i):>22}" for cost in COSTS]
+            lines.append(f"{level:8.3f} " + "".join(cells))
+        lines[-1] += "   the last common loss"
+        if "papers_reading" in entry:
+            reading = entry["papers_reading"]
+            lines.append(f"the paper's reading, mixed training loss {reading['level']:.3f} against "
+                         f"updates: {ratio_in_words(reading, 0)} (where meta steps mix an easier "
+                         "question in: not a fair measure)")
+    return "\n".join(lines)
+
+
+def final_rows(label, figures, loss):
+    """A group's row of final figures, and one of the standard errors over episodes."""
+    accuracies = [percentage(figures, key) for key in FEWSHOT]
+    untrained = chance = "-"
+    if "fewshot_prototype" in figures:
+        untrained = f"{figures['fewshot_prototype']['untrained']:.1%}"
+    if "fewshot_chance" in figures:
+        chance = f"{figures['fewshot_chance']['mean']:.1%}"
+    row = (f"{label:<20} {in_words(figures[loss], '{:.3f}'):>16} "
+           + "".join(f"{text:>18}" for text in accuracies) + f"{untrained:>22} {chance:>8}")
+    errors = [f"{FEWSHOT[key]} {figures[error]['mean']:.1%}"
+              for key, error in STANDARD_ERROR.items() if error in figures]
+    if not errors:
+        return [row]
+    return [row, f"{'':<20} standard error over episodes: {', '.join(errors)}"]
+
+
+def percentage(figures, key):
+    return in_words(figures[key], "{:.1%}") if key in figures else "-"
+
+
+def ratio_in_words(entry, i):
+    """The i-th of an entry's means with its spread, such as "0.66x +- 0.01"."""
+    if entry["mean"][i] is None:
+        return "never reached"
+    text = f"{entry['mean'][i]:.2f}x"
+    if entry["sd"] and entry["sd"][i] is not None:
+        text += f" +- {entry['sd'][i]:.2f}"
+    return text

@@ -1,0 +1,259 @@
+"""Text -> a tokenizer and two token files, made once and kept in a cache.
+
+A prepared folder holds `tokenizer.tiktoken`, the uint16 token files `train.bin` and `val.bin`, and
+`info.json` with its counts and SHA-256. In the cache its name is a hash of what it was made from.
+"""
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from plumbing.commands import UserError
+from plumbing.files import TEMPORARY
+from plumbing.text import (PACKAGES, digest, documents, installed_docs, is_validation, read_ids,
+                           text_files, token_files)
+from plumbing.tokenizer import (END, FILE, bpe_encoding, count_pretokens, gpt2_encoding,
+                                load_encoding, save_tokens, train_bpe)
+
+# Counted up when the files in the cache change their meaning.
+FORMAT = 2
+# The vocabulary needs room for 256 bytes, END and MASK, and ids are uint16.
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 260, 65_536
+SMALLEST_FOR_GPT2 = 50_258
+LARGEST_GPT2_ID = 50_256
+# Tokens that are copied and checked at a time.
+BLOCK = 2 ** 22
+# Documents that are tokenized at a time, with all cores.
+DOCUMENTS_AT_ONCE = 256
+
+
+def cache_root(cache=None):
+    """The folder for everything that can be made or fetched again."""
+    if cache:
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanomaml"
+
+
+def is_prepared(folder):
+    return (folder / "info.json").exists() and (folder / FILE).exists()
+
+
+def find_source(paths, tokenizer, vocab_size):
+    """(source, tokenizer). The source is a list of text files, empty for the documentation on
+    this disk, or {"train": files, "val": files} of GPT-2 ids. Raises UserError."""
+    found = [token_files(path) for path in paths]
+    if any(found) and len(paths) > 1:
+        raise UserError("token files are taken one path at a time")
+    tokenizer = "gpt2" if any(found) else tokenizer
+    smallest = SMALLEST_FOR_GPT2 if tokenizer == "gpt2" else SMALLEST_VOCABULARY
+    if not smallest <= vocab_size <= LARGEST_VOCABULARY:
+        raise UserError(f"--vocab-size {vocab_size} is outside {SMALLEST_VOCABULARY} (the bytes "
+                        f"and the special tokens; {SMALLEST_FOR_GPT2} for GPT-2's ids) to "
+                        f"{LARGEST_VOCABULARY} (ids are uint16)")
+    return (found[0] if any(found) else text_files(paths)), tokenizer
+
+
+def made_from(source):
+    """What a prepared text depends on: the files' names, sizes and times, or versions."""
+    if isinstance(source, dict):
+        files = source["train"] + source["val"]
+    else:
+        files = source
+    if files:
+        stats = [(file, file.stat()) for file in files]
+        return [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    installed = [package for package in PACKAGES if importlib.util.find_spec(package)]
+    versions = [(package, metadata.version(package)) for package in installed]
+    return [platform.python_version(), *versions]
+
+
+def prepared_folder(data, tokenizer, vocab_size, cache, quiet):
+    """The folder in the cache with the prepared text of --data; made if it is not there. Raises
+    UserError."""
+    source, tokenizer = find_source([data] if data else [], tokenizer, vocab_size)
+    key = json.dumps([FORMAT, tokenizer, vocab_size, made_from(source)])
+    folder = cache_root(cache) / digest(key).hex()[:16]
+    if not (folder / "info.json").exists():
+        prepare(folder, source, tokenizer, vocab_size, quiet, str(data) if data else None)
+    return folder
+
+
+def prepare(folder, source, tokenizer, vocab_size, quiet, name=None):
+    """Prepare a source, as find_source gives it, in `folder`. Raises UserError.
+
+    Everything is written to a temporary folder beside it, which is then renamed."""
+    folder = folder.resolve()
+    temporary = None
+    if isinstance(source, dict):
+        for ids in source["train"] + source["val"]:
+            read_ids(ids)  # headers and sizes first, before anything is fetched or copied
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=TEMPORARY,
+                                          dir=folder.parent))
+        info = write_prepared(temporary, source, tokenizer, vocab_size, quiet)
+        info["source"] = name or "documentation of Python and " + ", ".join(PACKAGES)
+        (temporary / "info.json").write_text(json.dumps(info))
+        temporary.chmod(0o755)  # mkdtemp makes folders for their owner alone
+        try:
+            temporary.rename(folder)
+        except OSError:
+            # Another process may just have done the same work.
+            if not (folder / "info.json").exists():
+                raise
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.parent}: {error.strerror} "
+                        "(--cache DIR takes another folder)") from None
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_prepared(folder, source, tokenizer, vocab_size, quiet):
+    """Write the tokenizer and the token files; returns the counts for info.json."""
+    if isinstance(source, dict):
+        gpt2_encoding()  # now, since the run will need it
+        save_tokens([], folder)
+        return copy_ids(folder, source, quiet)
+    docs = [] if source else installed_docs(quiet)
+    if tokenizer == "gpt2":
+        tokens, encoding = [], gpt2_encoding()
+    else:
+        counts = count_pretokens(read_source(source, docs, "reading", quiet))
+        tokens = train_bpe(counts, vocab_size - 258, quiet)  # without the bytes, END and MASK
+        encoding = bpe_encoding(tokens)
+    save_tokens(tokens, folder)
+    return write_tokens(folder, read_source(source, docs, "tokenizing", quiet), encoding)
+
+
+def read_source(files, docs, description, quiet):
+    """Yield (name, text) from text files or, without any, from docs, a list of such pairs."""
+    if files:
+        return documents(files, description, quiet)
+    return tqdm(docs, desc=description, unit="document", disable=True if quiet else None)
+
+
+def batched(items, size):
+    """Yield lists of `size` items; the last one may be shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def write_tokens(folder, stream, encoding):
+    """Tokenize documents, (name, text) pairs, into train.bin and val.bin, with END after each.
+    Returns the counts and the SHA-256. Raises UserError if there is no document."""
+    end = encoding.encode_single_token(END)
+    info = {"documents": 0, "bytes": 0, "tokens": [0, 0]}
+    sha = hashlib.sha256()
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        for batch in batched(stream, DOCUMENTS_AT_ONCE):
+            texts = [text for _, text in batch]
+            encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            for (name, text), ids in zip(batch, encoded):
+                content = np.array(ids + [end], dtype=np.uint16).tobytes()
+                in_val = is_validation(name)
+                (val if in_val else train).write(content)
+                sha.update(content)
+                info["documents"] += 1
+                info["bytes"] += len(text.encode("utf-8", "replace"))
+                info["tokens"][in_val] += len(ids) + 1
+    if not info["documents"]:
+        raise UserError("the text is empty: there is nothing to learn from")
+    return info | {"sha256": sha.hexdigest()}
+
+
+def copy_ids(folder, shards, quiet):
+    """Check files of GPT-2 ids and copy them to train.bin and val.bin. Without validation files
+    the last tenth of each file serves. Returns the counts and the SHA-256."""
+    sha = hashlib.sha256()
+    counts = {"train": 0, "val": 0}
+    files = [("train", file) for file in shards["train"]]
+    files += [("val", file) for file in shards["val"]]
+    total = sum(file.stat().st_size for _, file in files)
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, \
+            tqdm(total=total, desc="copying", unit="B", unit_scale=True,
+                 disable=True if quiet else None) as bar:
+        outputs = {"train": train, "val": val}
+        for part, file in files:
+            ids = read_ids(file)
+            stretches = [(part, 0, len(ids))]
+            if not shards["val"]:
+                cut = len(ids) * 9 // 10
+                stretches = [("train", 0, cut), ("val", cut, len(ids))]
+            for output, first, last in stretches:
+                for start in range(first, last, BLOCK):
+                    block = ids[start:min(start + BLOCK, last)]
+                    check_gpt2_ids(block, file, start)
+                    content = block.tobytes()
+                    outputs[output].write(content)
+                    sha.update(content)
+                    counts[output] += len(block)
+                    bar.update(len(content))
+    return {"documents": None, "bytes": None, "tokens": [counts["train"], counts["val"]],
+            "sha256": sha.hexdigest()}
+
+
+def check_gpt2_ids(block, file, start):
+    """Raise UserError unless block (n,), which begins at id number start of file, can be GPT-2
+    ids. In a file of 32-bit numbers every second one would be 0."""
+    looks_like_32_bits = len(block) > 8 and not block[1::2].any()
+    if block.max() > LARGEST_GPT2_ID or looks_like_32_bits:
+        raise UserError(f"{file} does not hold uint16 GPT-2 ids (0 to {LARGEST_GPT2_ID}) near id "
+                        f"number {start}: other ids, or 32 bits each")
+
+
+def open_prepared(folder, vocab_size):
+    """(info, encoding, train, val) of a prepared folder; train and val are uint16 memory maps.
+    Raises UserError if its files are not what its info.json says."""
+    parts = [folder / "train.bin", folder / "val.bin"]
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        sizes = [2 * count for count in info["tokens"]]
+        whole = sizes == [path.stat().st_size for path in parts] and len(info["sha256"]) == 64
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"the prepared text in {folder} is not whole: prepare it again (remove "
+                        "it if it lies in the cache, and it is made anew)")
+    encoding = load_encoding(folder)
+    if encoding.n_vocab > vocab_size:
+        raise UserError(f"{folder} was prepared with {encoding.n_vocab} tokens: --vocab-size "
+                        f"{vocab_size} is too small; leave the flag out, or prepare the text "
+                        "again (python data.py PATH --out FOLDER --vocab-size N)")
+    train, val = [map_tokens(path) for path in parts]
+    return info, encoding, train, val
+
+
+def map_tokens(path):
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.zeros(0, dtype=np.uint16)
+    return np.memmap(path, dtype=np.uint16, mode="r")
+
+
+def blocks(tokens):
+    """Yield tokens (n,) in blocks that fit in memory."""
+    for start in range(0, len(tokens), BLOCK):
+        yield tokens[start:start + BLOCK]
+
+
+def check_ids(folder, encoding, *parts):
+    """Raise UserError if a token is not one of the encoding; reads all of the parts, (n,) each."""
+    for tokens in parts:
+        for block in blocks(tokens):
+            if block.max() >= encoding.n_vocab:
+                raise UserError(f"the prepared text in {folder} holds the id {block.max()}, but "
+                                f"its tokenizer ends at {encoding.n_vocab - 1}: prepare it again")

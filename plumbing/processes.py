@@ -1,0 +1,95 @@
+"""Several processes that train one model, as torchrun starts them. One process needs none of it.
+
+torchrun tells each process its number in environment variables. Micro-batches are numbered over
+all processes, so that any number of processes computes the same update.
+"""
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from plumbing.machine import pick_device
+
+RANK = int(os.environ.get("RANK", 0))              # number of this process
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
+COUNT = int(os.environ.get("WORLD_SIZE", 1))       # of processes, on all machines
+
+
+def is_first():
+    """Whether this is the process that writes, prints and evaluates."""
+    return RANK == 0
+
+
+def start(device_name):
+    """The device of this process, after it has met the others. With GPUs, each process takes its
+    own. Raises UserError."""
+    if COUNT == 1:
+        return pick_device(device_name)
+    if device_name in (None, "cuda"):
+        device_name = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return device
+
+
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_on_machine_goes_first():
+    """The first process of each machine runs the block before the others do, so that they find
+    what it has put into the cache."""
+    if COUNT > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if COUNT > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+
+
+def my_share(micro_batches):
+    """The numbers of this process's micro-batches, of 0 to micro_batches - 1."""
+    share = micro_batches // COUNT
+    return range(RANK * share, (RANK + 1) * share)
+
+
+def sum_over_processes(parameters, figures):
+    """Replace the gradients of parameters, and figures (a dict of scalar tensors), by their sums
+    over all processes, in one all-reduce of one flat tensor.
+
+    DistributedDataParallel would not see what functional_call computes."""
+    if COUNT == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    values = torch.stack(list(figures.values())).to(gradients[0].device)
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [values])
+    dist.all_reduce(flat)
+    *parts, values = flat.split([gradient.numel() for gradient in gradients] + [len(values)])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))
+    figures.update(zip(figures, values))
+
+
+def any_of(flag, device):
+    """Whether flag is true in any process. All of them must ask together."""
+    if COUNT == 1:
+        return flag
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return total.item() > 0
+
+
+def all_agree(value):
+    """Whether value, anything that can be pickled, is the same in all processes."""
+    if COUNT == 1:
+        return True
+    values = [None] * COUNT
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
+

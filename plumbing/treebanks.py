@@ -1,0 +1,170 @@
+"""Universal NER's treebanks: their files, and a made-up one for trials.
+
+Sentences are (words, tags) pairs of lists. Universal NER is by Mayhew et al. 2024 (arXiv
+2311.09122); its files are IOB2, a word a line.
+"""
+import http.client
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from plumbing.commands import UserError
+from plumbing.files import write_atomically
+from plumbing.prepare import cache_root
+
+TYPES = ["PER", "ORG", "LOC"]
+TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
+# name -> repository, of the treebanks of UNER v1 that have training text, and of those that do
+# not
+TRAINED = {
+    "da_ddt": "Danish-DDT", "en_ewt": "English-EWT", "hr_set": "Croatian-SET",
+    "pt_bosque": "Portuguese-Bosque", "sk_snk": "Slovak-SNK", "sr_set": "Serbian-SET",
+    "sv_talbanken": "Swedish-Talbanken", "zh_gsd": "Chinese-GSD", "zh_gsdsimp": "Chinese-GSDSIMP"}
+TEST_ONLY = {
+    "ceb_gja": "Cebuano-GJA", "tl_trg": "Tagalog-TRG", "tl_ugnayan": "Tagalog-Ugnayan",
+    "de_pud": "German-PUD", "en_pud": "English-PUD", "pt_pud": "Portuguese-PUD",
+    "ru_pud": "Russian-PUD", "sv_pud": "Swedish-PUD", "zh_pud": "Chinese-PUD"}
+# In bytes; the treebanks have 4 million at most.
+LARGEST_FILE = 32_000_000
+DOWNLOAD_BLOCK = 2 ** 16
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+def parse_iob2(content, name):
+    """[(words, tags)] of the bytes of an IOB2 file. Raises UserError naming the file and line.
+
+    The columns are id, word, tag, and any others. As in UNER's own reader, every line with an id
+    is a word, `3-4` and `8.1` too, and tags of the types that UNER dropped become O."""
+    sentences, words, tags = [], [], []
+    # not splitlines(), which knows too many kinds of line end
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip() and words:
+            sentences.append((words, tags))
+            words, tags = [], []
+        if not line.strip() or line.startswith(b"#"):
+            continue
+        word, tag = parse_line(line, f"{name}, line {number}")
+        words.append(word)
+        tags.append(tag)
+    if words:
+        sentences.append((words, tags))
+    if not sentences:
+        raise UserError(f"{name} holds no sentence")
+    return sentences
+
+
+def parse_line(line, place):
+    """(word, tag) of one line of bytes. Raises UserError."""
+    columns = line.decode(errors="replace").rstrip("\r").split("\t")
+    is_word = (len(columns) >= 3 and columns[0][:1].isdigit() and columns[1].strip()
+               and "\ufffd" not in columns[1])
+    if not is_word:
+        raise UserError(f"{place}: not an id, a word and a tag, in UTF-8 with tabs: {line[:60]}")
+    word, tag = columns[1:3]
+    if "OTH" in tag or tag in ("B-O", "_"):  # `_` is UD's word for none
+        tag = "O"
+    if tag not in TAGS:
+        raise UserError(f"{place}: unknown tag {tag[:20]!r}, known are {', '.join(TAGS)}")
+    return word, tag
+
+
+def read_treebank(name, split, folder=None, cache=None, quiet=False):
+    """[(words, tags)] of one split (train, dev or test) of a treebank, from folder, or from the
+    cache, or else downloaded into it. Raises FileNotFoundError if it is not to be had, and
+    UserError if it cannot be read."""
+    if name == "toy":
+        return toy_treebank(split)
+    file = f"{name}-ud-{split}.iob2"
+    repository = f"UniversalNER/UNER_{(TRAINED | TEST_ONLY)[name]}"
+    path = cache_root(cache) / "uner" / file
+    if folder and (Path(folder) / file).exists():
+        path = Path(folder) / file
+    try:
+        if not path.exists():
+            download(f"https://raw.githubusercontent.com/{repository}/HEAD/{file}", path, quiet)
+        return parse_iob2(path.read_bytes(), path)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        place = folder or path.parent
+        raise FileNotFoundError(
+            f"{file} could not be had ({reason}): get it from https://github.com/{repository} "
+            f"and put it into {place} (--uner FOLDER names another); without a network: "
+            "--train toy --test toy") from None
+
+
+def download(url, path, quiet=False):
+    """Fetch an IOB2 file over https and write it to path. Raises OSError, or UserError if it is
+    no treebank."""
+    content = b""
+    with urllib.request.urlopen(url, timeout=20) as response, \
+            tqdm(desc=path.name, unit="B", unit_scale=True,
+                 disable=True if quiet else None) as bar:
+        while block := response.read(DOWNLOAD_BLOCK):
+            content += block
+            bar.update(len(block))
+            if len(content) > LARGEST_FILE or not response.geturl().startswith("https:"):
+                raise OSError("too large, or redirected away from https")
+        length = response.headers["Content-Length"]
+    if length not in (None, str(len(content))):
+        raise OSError("the connection broke off")
+    parse_iob2(content, url)  # an error page must not enter the cache
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def load_treebanks(trains, tests, folder=None, cache=None, quiet=False):
+    """{(name, split): sentences} of training and test treebanks. "all" is every training treebank
+    that can be had, one after another. A missing dev file is said and done without. Raises as
+    read_treebank does."""
+    treebanks = {}
+    for name in tests:
+        treebanks[name, "test"] = read_treebank(name, "test", folder, cache, quiet)
+    for name in trains:
+        for split in ("train", "dev"):
+            members = TRAINED if name == "all" else [name]
+            sentences, missing = [], None
+            for member in members:
+                try:
+                    sentences += read_treebank(member, split, folder, cache, quiet)
+                except FileNotFoundError as error:
+                    missing = error
+                    if name == "all" or split == "dev":
+                        print(f"{name} ({split}) goes without {error}", file=sys.stderr)
+            if sentences:
+                treebanks[name, split] = sentences
+            elif split == "train":
+                raise missing
+    return treebanks
+
+
+# ---- a made-up treebank ------------------------------------------------------------------------
+
+PATTERNS = ["Mr PER met Mrs PER in LOC .", "shares in the company ORG fell .",
+            "they flew to LOC with Mr PER .", "nobody remembered the weather .",
+            "Mrs PER works at the company ORG in LOC .", "the train from LOC was late ."]
+NAMES = ["Lincoln", "Ford", "Jordan", "Chester", "Morgan Hill", "Stanford Green", "Ford Green",
+         "Lincoln Hill"]
+TOY_SENTENCES = {"train": 400, "dev": 100, "test": 100}
+
+
+def toy_treebank(split):
+    """Made-up sentences, the same every time. The same names are people, firms and places, and
+    the words before a name tell which."""
+    rng = np.random.default_rng([0, list(TOY_SENTENCES).index(split)])
+    sentences = []
+    for _ in range(TOY_SENTENCES[split]):
+        words, tags = [], []
+        for word in str(rng.choice(PATTERNS)).split():
+            if word in TYPES:
+                name = str(rng.choice(NAMES)).split()
+                words += name
+                tags += [f"B-{word}", f"I-{word}"][:len(name)]
+            else:
+                words.append(word)
+                tags.append("O")
+        sentences.append((words, tags))
+    return sentences

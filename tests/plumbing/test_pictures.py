@@ -1,0 +1,112 @@
+"""Pictures: made of short and partial logs, with bars and titles that agree with the figures."""
+import numpy as np
+import pytest
+
+from made_up_runs import made_up_run
+from plumbing.compare import compare, group_runs
+from plumbing.pictures import (
+    draw_comparison, draw_dynamics, draw_f1, new_figure, save_dynamics, save_figure)
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("length", [0, 1, None])
+def test_pictures_are_made_from_short_and_partial_logs(length, tmp_path):
+    settings, lines = made_up_run("v", 1)
+    figure = new_figure()
+    draw_dynamics(figure, lines[:length], settings)
+    save_figure(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_dynamics_are_those_of_the_log(tmp_path):
+    settings, lines = made_up_run("v", 1)
+    for line in lines[::2]:
+        t = line["step"] / 1000
+        line["proportional_effective_rank"] = {"hidden": [t, 2 * t]}
+        line["head_entropy"] = {"normalised": [[1, 0.5], [0.5, 0.5]]}
+    figure = new_figure()
+    draw_dynamics(figure, lines, settings)
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert "loss: validation 3.09 nats per token" in titles
+    assert "effective rank of hidden states: mean 0.00 to 1.50" in titles
+    assert "attention-head entropy: mean 0.62 to 0.62" in titles
+    legend = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert legend == ["nearest prototype*: 20%", "chance: 10%"]
+    save_dynamics(tmp_path, lines, settings)
+    assert (tmp_path / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_comparison_shows_the_ratios(tmp_path):
+    groups = group_runs([made_up_run("v", 1), made_up_run("m", 1.6, flops_per_step=20)])
+    figure = draw_comparison(groups, compare(groups))
+    found = {}
+    for ax in figure.axes[:4]:
+        found[ax.get_xlabel()] = ax.get_title(loc="left")
+    assert found == {"updates": "sooner by 1.60x", "tokens": "sooner by 1.60x",
+                     "model FLOPs": "sooner by 0.80x", "seconds of training": "sooner by 1.60x"}
+    # The accuracy is in percent: a bar for each of the two groups.
+    heights = [bar.get_height() for bar in figure.axes[4].patches]
+    assert heights == pytest.approx([20, 20])
+    save_figure(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- taggers -----------------------------------------------------------------------------------
+
+def errors_of(bars):
+    """Half the lengths of the error bars, (N,)."""
+    _, _, (lines,) = bars.errorbar.lines
+    halves = []
+    for (_, low), (_, high) in lines.get_segments():
+        halves.append((high - low) / 2)
+    return halves
+
+
+def test_bars_of_f1_have_the_right_heights():
+    """Two panels, two groups of runs and two tests. Of each there are two runs with two tunings,
+    and the error is their standard deviation."""
+    tests = ["toy", "en_pud"]
+    rng = np.random.default_rng(0)
+    bars = {}
+    for mode in ("head", "full"):
+        bars[mode, "en_ewt"] = {}
+        for label in ("vanilla", "meta"):
+            bars[mode, "en_ewt"][label] = [100 * rng.random((2, 2)) for _ in tests]
+    figure = draw_f1(bars, tests)
+    assert len(figure.axes) == 2
+    for ax, ((mode, train), groups) in zip(figure.axes, bars.items()):
+        assert ax.get_title(loc="left") == f"mode {mode}, trained on {train}"
+        assert [label.get_text() for label in ax.get_xticklabels()] == tests
+        assert len(ax.containers) == 2 * len(groups)  # of bars and of their errors
+        drawn = {container.get_label(): container for container in ax.containers
+                 if hasattr(container, "errorbar")}
+        assert list(drawn) == list(groups)
+        for label, f1 in groups.items():
+            heights = [bar.get_height() for bar in drawn[label]]
+            assert heights == pytest.approx([values.mean() for values in f1])
+            spread = [values.std(ddof=1) for values in f1]
+            assert errors_of(drawn[label]) == pytest.approx(spread)
+
+
+def test_bars_of_f1_stand_at_their_test_side_by_side():
+    f1 = [np.array([[50.0]]), np.array([[60.0]]), np.array([[70.0]])]
+    figure = draw_f1({("head", "toy"): {"vanilla": f1, "meta": f1}}, ["a", "b", "c"])
+    ax, = figure.axes
+    vanilla, meta = ax.containers
+    for at, (left, right) in enumerate(zip(vanilla, meta)):
+        assert left.get_x() + left.get_width() == pytest.approx(at)
+        assert right.get_x() == pytest.approx(at)
+        assert left.get_facecolor() != right.get_facecolor()
+
+
+def test_a_single_tuning_has_a_bar_without_an_error(tmp_path):
+    figure = draw_f1({("head", "toy"): {"vanilla": [np.array([[62.5]])]}}, ["toy"])
+    ax, = figure.axes
+    bars, = ax.containers
+    assert [bar.get_height() for bar in bars] == [62.5]
+    assert bars.errorbar is None
+    legend, = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["vanilla"]
+    save_figure(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
