@@ -25,9 +25,11 @@ def read_settings(folder):
 
 def read_metrics(path):
     """(lines, notes): the objects of a metrics.jsonl as far as it can be read, and a list of what
-    was wrong with the rest."""
-    lines, unreadable = [], 0
-    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    was wrong with the rest. A run that was killed at once has no such file, and so no lines."""
+    path, lines, unreadable = Path(path), [], 0
+    if not path.exists():
+        return [], []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
             line["step"] = int(line["step"])
@@ -45,8 +47,7 @@ def read_run(folder):
     run, or one that has not been evaluated yet."""
     folder = Path(folder)
     settings = read_settings(folder)
-    log = folder / "metrics.jsonl"
-    lines, notes = read_metrics(log) if log.exists() else ([], [])
+    lines, notes = read_metrics(folder / "metrics.jsonl")
     if not any("val_loss" in line for line in lines):
         raise UserError(f"{folder} has no evaluation in its log yet")
     last = lines[-1]["step"]

@@ -161,7 +161,7 @@ class Run:
         checkpoint."""
         path = self.folder / "metrics.jsonl"
         last = self.step if self.checkpoint else -1
-        lines = read_metrics(path)[0] if path.exists() else []
+        lines, _ = read_metrics(path)
         self.lines = [line for line in lines if line["step"] <= last]
         write_atomically(path, "".join(map(json_line, self.lines)))
         self.log_file = open(path, "ab", buffering=0)

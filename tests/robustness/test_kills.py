@@ -328,3 +328,14 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path, capsys, trai
     assert (folder / "metrics.jsonl").read_bytes().startswith(log)
     assert not list(folder.glob("*.tmp"))
     assert load_checkpoint(folder)["step"] == 3
+
+
+def test_a_run_killed_before_its_log_existed_starts_anew(train_here, tmp_path):
+    flags = ("--steps", 2, "--eval-every", 2, "--probe-every", 99, "--name", "early")
+    assert train_here(*flags) == 0
+    folder = tmp_path / "runs" / "early"
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    assert train_here(*flags) == 0
+    assert read_log(folder)[-1]["step"] == 2
