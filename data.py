@@ -61,9 +61,9 @@ class EpisodeSampler:
         self.tokens, self.mask_id = corpus.train, corpus.mask_id
         self.n_way, self.k_shot, self.n_query, self.length = n_way, k_shot, n_query, length
         self.word_ids = corpus.index.words
-        # An occurrence needs a whole row of text before it.
-        self.positions = [at[at >= length - 1] for at in corpus.index.positions]
-        enough = np.array([len(at) >= k_shot + n_query for at in self.positions], dtype=bool)
+        # A row needs `length` tokens up to the occurrence.
+        self.positions = [ends[ends >= length - 1] for ends in corpus.index.positions]
+        enough = np.array([len(ends) >= k_shot + n_query for ends in self.positions], dtype=bool)
         self.classes = np.flatnonzero(enough & ~corpus.index.is_held_out)
         if len(self.classes) < n_way:
             raise UserError(f"the text has {len(self.classes)} words for {n_way}-way episodes of "
@@ -73,13 +73,14 @@ class EpisodeSampler:
     def draw(self, seed, step, micro_batch=0):
         """The Episode of one micro-batch: a function of its arguments, whatever came before."""
         rng = np.random.default_rng([seed, step, micro_batch])
+        # A draw fails if a class has too few occurrences clear of the support rows.
         for _ in range(100):
             # choice() also shuffles: a word's label, its place here, is random in each episode.
             classes = rng.choice(self.classes, self.n_way, replace=False)
             support = [rng.choice(self.positions[c], self.k_shot, replace=False) for c in classes]
             support = np.stack(support)  # (N, K) positions in the tokens
             query = [self.draw_query(rng, self.positions[c], support) for c in classes]
-            if all(len(at) == self.n_query for at in query):
+            if all(len(ends) == self.n_query for ends in query):
                 return self.make_episode(classes, support, np.stack(query))
         raise UserError("the words stand too close together for support and query rows that do "
                         "not overlap: use more text (--data), or lower --n-way, --k-shot, "
@@ -128,17 +129,17 @@ class WordIndex:
         self.is_word = np.array([looks_like_word(piece) for piece in pieces])
         self.continues_word = np.array([looks_like_rest(piece) for piece in pieces])
         tokens = np.asarray(corpus.train[:INDEX_TOKENS])
-        at = self.occurrences(tokens)
-        counts = np.bincount(tokens[at], minlength=corpus.vocab_size)
+        places = self.occurrences(tokens)
+        counts = np.bincount(tokens[places], minlength=corpus.vocab_size)
         in_band = counts >= MIN_COUNT
         in_band[np.argsort(-counts, kind="stable")[:MOST_COMMON]] = False
         self.words = np.flatnonzero(in_band)
         held_out = [digest(pieces[word].strip())[0] % 10 == 0 for word in self.words]
         self.is_held_out = np.array(held_out, dtype=bool)
-        # Sort the positions by word; a stable sort keeps them in order within a word.
-        at = at[in_band[tokens[at]]]
-        at = at[np.argsort(tokens[at], kind="stable")]
-        self.positions = np.split(at, np.cumsum(counts[self.words])[:-1])
+        # Sort the places by word; a stable sort keeps them in order within a word.
+        places = places[in_band[tokens[places]]]
+        places = places[np.argsort(tokens[places], kind="stable")]
+        self.positions = np.split(places, np.cumsum(counts[self.words])[:-1])
 
     def occurrences(self, tokens):
         """The positions in tokens (n,) at which a whole word stands, sorted."""
@@ -207,19 +208,21 @@ class Corpus:
         return self.encoding.encode_single_token(MASK)
 
     @cached_property
-    def token_bytes(self):
-        """(vocab_size,) int64: the bytes of text in each token; 0 for special tokens."""
+    def raw_pieces(self):
+        """The bytes of each token, vocab_size of them; special tokens are empty."""
         end = self.encoding.encode_single_token(END)
-        sizes = [len(self.encoding.decode_single_token_bytes(i)) for i in range(end)]
-        return np.array(sizes + [0] * (self.vocab_size - end))
+        pieces = [self.encoding.decode_single_token_bytes(i) for i in range(end)]
+        return pieces + [b""] * (self.vocab_size - end)
 
     @cached_property
     def pieces(self):
-        """The text of each token, vocab_size strings; special tokens are empty."""
-        end = self.encoding.encode_single_token(END)
-        pieces = [self.encoding.decode_single_token_bytes(i).decode("utf-8", "replace")
-                  for i in range(end)]
-        return pieces + [""] * (self.vocab_size - end)
+        """The text of each token, vocab_size strings."""
+        return [piece.decode("utf-8", "replace") for piece in self.raw_pieces]
+
+    @cached_property
+    def token_bytes(self):
+        """(vocab_size,) int64: the bytes of text in each token."""
+        return np.array([len(piece) for piece in self.raw_pieces])
 
     @cached_property
     def index(self):
@@ -274,8 +277,8 @@ def show(corpus):
 
 def row_in_words(ids, corpus):
     """The text of a row of token ids, on one line."""
-    known = [i for i in ids.tolist() if i < corpus.encoding.n_vocab]
-    return " ".join(corpus.encoding.decode(known).split()).replace(MASK, " <mask>")
+    text = corpus.encoding.decode(ids.tolist())
+    return " ".join(text.split()).replace(MASK, " <mask>")
 
 
 def episode_in_words(episode, corpus):

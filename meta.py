@@ -206,9 +206,10 @@ def fewshot_rows(corpus, length, per_word, most_words=FEWSHOT_WORDS):
     chosen = [np.zeros(0, dtype=int)]  # concatenate needs one
     for word in most_frequent:
         if counts[word] >= per_word:
-            at = np.flatnonzero(words == word)
-            spread = np.linspace(0, len(at) - 1, per_word).astype(int)  # evenly over the text
-            chosen.append(at[spread])
+            rows_of_word = np.flatnonzero(words == word)
+            # evenly over the text
+            spread = np.linspace(0, len(rows_of_word) - 1, per_word).astype(int)
+            chosen.append(rows_of_word[spread])
     chosen = np.concatenate(chosen)
     ids = rows[chosen]
     previous = ids[:, -2].copy()
@@ -243,7 +244,7 @@ def fewshot_states(backbone, rows, device, batch=64):
 def evaluate_fewshot(backbone, meta_head, rows, n_way, k_shot, device, inner="head",
                      inner_steps=10, inner_lr=0.1):
     """Few-shot accuracy on held-out words, {key in the log: mean over the episodes}. A new query is
-    one whose previous token stands before no support word of the episode.
+    one whose previous token precedes none of the episode's support words.
 
     fewshot_lookup     what the previous token alone answers, without any model
     fewshot_prototype  the nearest prototype (see `prototype_scores`), on new queries only

@@ -192,14 +192,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_tables(config, device=None):
+def rope_tables(config):
     """Cosines and sines of the rotary angles, each (context, head_dim), float32.
 
     Both halves of a head repeat the same head_dim / 2 frequencies (the "rotate-half" convention).
     A rotation by an angle maps (a, b) to (a cos - b sin, b cos + a sin). The sines of the first
     half are negated here, so that `rotate` gets both terms from one roll."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    position = torch.arange(config.context, device=device).float()
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    position = torch.arange(config.context).float()
     angles = position[:, None] * config.rope_theta ** -exponent  # (context, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)

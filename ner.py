@@ -136,10 +136,12 @@ def encode(sentences, encoding, max_len=128):
         size = np.array([len(word.encode()) for word in words])     # (W,)
         word_start = np.cumsum(size + 1) - (size + 1)               # (W,)
         # the token that holds the word's first byte
-        at = np.searchsorted(token_end, word_start, side="right")   # (W,)
-        at = torch.from_numpy(at[at < max_len])                     # (K,)
-        label = torch.tensor([TAGS.index(tag) for tag in tags[:len(at)]], dtype=torch.int64)
-        encoded.append(Sentence(words, tags, torch.tensor(tokens[:max_len]), at, label))
+        position = np.searchsorted(token_end, word_start, side="right")  # (W,)
+        position = torch.from_numpy(position[position < max_len])        # (K,)
+        label = torch.tensor([TAGS.index(tag) for tag in tags[:len(position)]],
+                             dtype=torch.int64)
+        ids = torch.tensor(tokens[:max_len])
+        encoded.append(Sentence(words, tags, ids, position, label))
     return encoded
 
 

@@ -2,7 +2,7 @@
 
     python probe.py runs/11m-meta                    # pictures and a table of phases of one run
     python probe.py runs/11m-vanilla runs/11m-meta   # comparison at equal cost
-    python probe.py runs/11m-meta --live             # a window that follows a running job
+    python probe.py runs/11m-meta --live             # redraw dynamics.png while the job runs
 
 Read `effective_rank` and `head_entropy` first. `measure` applies them to a decoder and makes the
 probe lines of a run's log; train.py calls it. A phase is a rise or a fall of such a curve over
@@ -25,7 +25,7 @@ from plumbing.phases import phase_count_table, phase_counts, phase_table, phases
 from plumbing.pictures import draw_comparison, follow, save_dynamics, save_figure
 
 # Validation windows in the batch that train.py probes.
-BATCH = 4
+PROBE_WINDOWS = 4
 
 
 # ---- measures ----------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def parse():
     add("runs", nargs="+", type=Path, metavar="RUN",
         help="folder of a run; runs that differ only in their seed are grouped, and later groups "
              "are compared with the first")
-    add("--live", action="store_true", help="a window that follows one running job")
+    add("--live", action="store_true", help="redraw dynamics.png while the job runs")
     add("--out", type=Path, default=Path("compare"),
         help="folder for compare.png and compare.json (default: compare)")
     return parser.parse_args(), parser

@@ -5,9 +5,9 @@
     torchrun --standalone --nproc_per_node=2 train.py --size 65m --meta    # two processes
 
 Read `loop` first. A run writes runs/<name>/: config.json, metrics.jsonl (a JSON object a line),
-ckpt.pt and dynamics.png. Every random choice in training is a function of --seed and a number,
-such as that of the step, so that a vanilla and a hybrid run see the same text in the same order.
-"The paper" is arXiv 2508.02189.
+ckpt.pt and, at the end, dynamics.png. Every random choice in training is a function of --seed and
+a number, such as that of the step, so that a vanilla and a hybrid run see the same text in the
+same order. "The paper" is arXiv 2508.02189.
 """
 import contextlib
 import math
@@ -29,8 +29,7 @@ from plumbing.ngrams import ngram_losses
 from plumbing.pictures import save_dynamics
 from plumbing.runs import Diverged, open_run
 from plumbing.summary import summary
-from probe import BATCH as PROBE_WINDOWS
-from probe import is_probe_step, measure
+from probe import PROBE_WINDOWS, is_probe_step, measure
 
 # Validation tokens that an evaluation reads: in all, and per batch.
 EVAL_TOKENS, EVAL_BATCH = 16_384, 2048
@@ -46,7 +45,7 @@ META_FLAGS = ("hybrid_ratio", "meta_start", "n_query", "inner", "inner_steps", "
 
 def loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run):
     """Train from run.step to args.steps, or until a signal asks to stop. Raises Diverged."""
-    windows = validation_windows(corpus, args)
+    windows = evaluation_windows(corpus, args)
     fewshot = fewshot_rows(corpus, args.episode_len, args.k_shot + FEWSHOT_QUERIES)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     micro_batch_size = args.batch_size // args.grad_accum
@@ -141,9 +140,9 @@ def add_figures(total, new, grad_accum):
 
 # ---- evaluation and cost -----------------------------------------------------------------------
 
-def validation_windows(corpus, args):
-    return data.validation_windows(corpus.val, args.seq_len,
-                                   max(1, EVAL_TOKENS // args.seq_len))  # (W, T+1)
+def evaluation_windows(corpus, args):
+    """The validation text of an evaluation, (W, T+1)."""
+    return data.validation_windows(corpus.val, args.seq_len, max(1, EVAL_TOKENS // args.seq_len))
 
 
 @torch.no_grad()
@@ -210,7 +209,7 @@ def train(args):
 def report(run, corpus, decoder, args, device):
     """Draw dynamics.png and print the summary of a finished run."""
     save_dynamics(run.folder, run.lines, run.settings)
-    windows = validation_windows(corpus, args)
+    windows = evaluation_windows(corpus, args)
     by_counting = ngram_losses(corpus.train, windows, corpus.vocab_size)
     text = sample_text(decoder, corpus, device)
     print(summary(run.folder, run.lines, run.settings, by_counting, text, peak_memory(device)))
@@ -246,7 +245,8 @@ def build_models(args, corpus, device):
 
 
 def build_optimizer(decoder, meta_head):
-    """AdamW. A group's share multiplies the learning rate (see set_learning_rate)."""
+    """AdamW. A group's share multiplies the learning rate (see set_learning_rate). Checkpoints
+    hold it under this name."""
     meta_parameters = list(meta_head.parameters()) if meta_head is not None else []
     groups = [{"params": list(decoder.parameters()), "share": 1.0},
               {"params": meta_parameters, "share": META_HEAD_SHARE}]
@@ -267,8 +267,9 @@ def describe(args, corpus, decoder, meta_head, device):
         "versions": versions}
 
 
-def sample_text(decoder, corpus, device, prompt="Returns the"):
-    """The prompt and 40 tokens that the model adds to it."""
+def sample_text(decoder, corpus, device):
+    """A prompt and 40 tokens that the model adds to it."""
+    prompt = "Returns the"
     end = corpus.encoding.encode_single_token(data.END)
     generator = torch.Generator().manual_seed(0)
     with precision(device):
@@ -356,7 +357,7 @@ def add_meta_flags(add):
         help="probability that an update is a meta step, from --meta-start on")
     add("--meta-start", type=number(float, 0, 1), default=0.25,
         help="share of the updates before meta steps may begin: until then the hidden states say "
-             "little about words, and adapting to them does harm")
+             "little about words, and adapting to them makes the model worse")
     add("--n-way", type=number(int, 2), default=32, help="words (classes) per episode")
     add("--k-shot", type=number(int, 1), default=4, help="support examples per word")
     add("--n-query", type=number(int, 1), default=2, help="query examples per word")
@@ -375,7 +376,9 @@ def add_meta_flags(add):
 def main():
     args, parser = parse()
     parser.silent = not processes.is_first()
-    with errors_in_one_line(parser, "What was saved before is whole; --resume continues it."):
+    advice = "What was saved before is whole; --resume continues it."
+    # open_run has checked the paths. If one fails later, that is no bad input.
+    with errors_in_one_line(parser, advice, bad_path=()):
         try:
             sys.exit(train(args))
         except Diverged as error:
@@ -383,8 +386,9 @@ def main():
         except RuntimeError as error:
             if processes.is_first():
                 raise
-            # Most often because another process, which speaks for itself, has ended.
-            sys.exit(f"process {processes.RANK} stopped: {str(error)[:80]}")
+            # Most often because another process has ended, which prints its own message.
+            reason = str(error).partition("\n")[0][:80]
+            sys.exit(f"process {processes.RANK} stopped: {reason}")
         finally:
             processes.leave()
 

@@ -54,12 +54,12 @@ def save_checkpoint(folder, state):
             newest.replace(newest.with_name(PREVIOUS))
 
 
-def load_checkpoint(folder, device="cpu"):
+def load_checkpoint(folder):
     """The newest whole checkpoint in a run's folder, a dict. Raises UserError if there is none."""
     problems = []
     for name in (NEWEST, PREVIOUS):
         try:
-            state = torch.load(Path(folder) / name, map_location=device, weights_only=True)
+            state = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
             intact = state.pop("sha256") == fingerprint(state)
         except FileNotFoundError:
             problems.append(f"{name} is missing")

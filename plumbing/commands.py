@@ -53,7 +53,7 @@ def number(kind, low, high=math.inf):
 
 
 @contextlib.contextmanager
-def errors_in_one_line(parser, advice=""):
+def errors_in_one_line(parser, advice="", bad_path=BAD_PATH):
     """End the command in one line and with the right exit code when the block fails.
 
     A user's mistake and a path that cannot be used give 2, another system error gives 1, and
@@ -66,8 +66,8 @@ def errors_in_one_line(parser, advice=""):
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         message = f"{place}{error.strerror or error}"
-        if isinstance(error, BAD_PATH):
+        if isinstance(error, bad_path):
             parser.error(message)
-        parser.exit(1, f"{parser.prog}: error: {message}. {advice}\n")
+        parser.exit(1, f"{parser.prog}: error: {message}. {advice}".rstrip() + "\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"stopped. {advice}\n")
+        parser.exit(130, f"stopped. {advice}".rstrip() + "\n")

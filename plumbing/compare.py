@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from plumbing.logs import series
+from plumbing.logs import layer_series, series
 from plumbing.phases import CURVES
 from plumbing.statistics import in_words, mean_and_spread
 
@@ -95,12 +95,9 @@ def final_figures(logs, loss):
             ends = mean_and_spread([curve[-1] for curve in curves])
             figures[key] = ends | {"untrained": untrained}
     for name, path in CURVES.items():
-        curves = [series(lines, *path)[1] for lines in logs]
+        curves = [layer_series(lines, *path)[1] for lines in logs]
         if all(map(len, curves)):
-            ends = [curve[-1] for curve in curves]
-            if ends[0].ndim == 2:  # entropy: the mean of a layer's heads
-                ends = [end.mean(axis=1) for end in ends]
-            figures[name] = mean_and_spread(ends)
+            figures[name] = mean_and_spread([curve[-1] for curve in curves])
     return figures
 
 
@@ -160,7 +157,7 @@ def sooner_by(first, second, levels):
 
 def first_reach(costs, losses, level):
     """The cost at which a curve first comes down to `level`, interpolated between its points; NaN
-    if it never does, or if it began below, since then no one knows when it passed."""
+    if it never does, or if it began below, since the crossing was not observed."""
     i = int((losses <= level).argmax())
     if losses[i] > level:
         return math.nan

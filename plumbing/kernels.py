@@ -97,7 +97,7 @@ def tiles(k, v):
 
 def stacked(q, rows, k):
     """The rows of q (B, n_head, T, head_dim) as (B * n_kv_head, group * n, head_dim): the queries
-    that share a key head stand under each other."""
+    that share a key head are stacked."""
     return q[:, :, rows].reshape(k.shape[0] * k.shape[1], -1, q.shape[-1])
 
 
@@ -174,6 +174,6 @@ def rows_in_a_block(hidden, weight_low):
 def exact_loss(logits, targets, part):
     """Summed cross-entropy of logits (rows, V) in float32, `part` rows at a time: all at once
     took 0.35 s instead of 0.10, most of it in page faults."""
-    losses = [F.cross_entropy(some.float(), words, reduction="sum")
-              for some, words in zip(logits.split(part), targets.split(part))]
+    losses = [F.cross_entropy(some.float(), part_targets, reduction="sum")
+              for some, part_targets in zip(logits.split(part), targets.split(part))]
     return sum(losses)

@@ -56,6 +56,15 @@ def read_run(folder):
     return settings, lines, notes
 
 
+def layer_series(lines, *path):
+    """A probe of each layer, (steps (S,), values (S, layers)). The entropy of a layer is the mean
+    over its heads."""
+    steps, values = series(lines, *path)
+    if values.ndim == 3:
+        values = values.mean(axis=2)
+    return steps, values
+
+
 def series(lines, *path, x="step"):
     """(x (S,), values (S, ...)) of one figure in the lines of a log, both float64.
 

@@ -74,7 +74,7 @@ def difference(args, cells, pairs, f1_of, mode, train, test):
 def report(args, groups, cells, f1_of):
     """A Markdown table: for each group of runs F1 in points (mean ± standard deviation over runs
     and tunings) and tuning speed, then the difference of the first two groups with a 95 %
-    interval. Also draws ner.png."""
+    interval. Also writes ner.png."""
     rows = [["mode", "train", "run", *args.test, "t90 (steps)", "AUC (nats)",
              "slope (nats/step)"]]
     rows.append(["---"] * len(rows[0]))

@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from plumbing.compare import COSTS, FEWSHOT, STANDARD_ERROR
 from plumbing.files import write_atomically
-from plumbing.logs import read_metrics, read_settings, series
+from plumbing.logs import layer_series, read_metrics, read_settings, series
 
 # Okabe & Ito's colours, which colour-blind eyes can tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = COLOURS = [
@@ -120,12 +120,10 @@ def draw_accuracy(ax, lines, last):
 
 def draw_layers(ax, lines, path, name, unit):
     """A map of a probe: time to the right, layers upwards."""
-    x, values = series(lines, *path)
+    x, values = layer_series(lines, *path)
     if not len(x):
         label_panel(ax, f"{name}: no probe yet")
         return
-    if values.ndim == 3:  # entropy: the mean of a layer's heads
-        values = values.mean(axis=2)
     n_layer = values.shape[1]  # values (S, layers)
     edges = np.append(x, x[-1] * 1.05 + 0.5)
     image = ax.pcolormesh(edges, np.arange(n_layer + 1) - 0.5, values.T, cmap="viridis")
@@ -225,7 +223,7 @@ def draw_f1(bars, tests):
     """Bars of a tagger's F1, a panel for each (mode, training treebank). bars is {(mode, train):
     {label: [F1 in points (runs, tunings), for each test]}}; the error is their standard
     deviation, if there are several."""
-    figure = new_figure(2 + 1.5 * len(bars) * len(tests), 5)
+    figure = new_figure(min(40, 2 + 1.5 * len(bars) * len(tests)), 5)
     axes = figure.subplots(1, len(bars), squeeze=False, sharey=True)[0]
     for ax, ((mode, train), groups) in zip(axes, bars.items()):
         width = 0.8 / len(groups)

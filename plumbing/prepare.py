@@ -228,7 +228,7 @@ def open_prepared(folder, vocab_size):
         whole = False
     if not whole:
         raise UserError(f"the prepared text in {folder} is not whole: prepare it again (remove "
-                        "it if it lies in the cache, and it is made anew)")
+                        "it if it lies in the cache, and it is made again)")
     encoding = load_encoding(folder)
     if encoding.n_vocab > vocab_size:
         raise UserError(f"{folder} was prepared with {encoding.n_vocab} tokens: --vocab-size "

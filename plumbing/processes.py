@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from plumbing.commands import UserError
 from plumbing.machine import pick_device
 
 RANK = int(os.environ.get("RANK", 0))              # number of this process
@@ -33,7 +34,11 @@ def start(device_name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    except ValueError as error:
+        raise UserError(f"cannot meet the other processes ({error}): start them with "
+                        "torchrun") from None
     return device
 
 

@@ -42,8 +42,8 @@ def open_run(args, settings, prepared_text):
     one, or one that goes on from its last checkpoint. prepared_text is the folder of its
     tokenizer. Raises UserError if the run's folder cannot be used."""
     folder = Path(args.runs) / args.name
-    is_new = not (folder / "config.json").exists()
-    if is_new and folder.exists() and holds_files(folder):
+    config = folder / "config.json"
+    if folder.exists() and not config.exists() and holds_files(folder):
         raise UserError(f"{folder} holds files but no run: choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def open_run(args, settings, prepared_text):
         raise UserError(f"cannot write to {folder} ({error.strerror}): "
                         "choose another --runs") from None
     checkpoint = None
-    if not is_new:
+    if config.exists():
         check_settings(folder, args, settings)
         checkpoint = find_checkpoint(folder, args)
     step = checkpoint["step"] if checkpoint else 0
@@ -63,7 +63,7 @@ def open_run(args, settings, prepared_text):
 
 
 def holds_files(folder):
-    """Whether a folder holds anything but what a killed start of ours left behind."""
+    """Whether a folder holds anything but what a run killed while starting leaves."""
     return any(path.name != ".lock" and path.suffix != TEMPORARY for path in folder.iterdir())
 
 
@@ -101,7 +101,7 @@ def find_checkpoint(folder, args):
     if step >= args.steps:
         if processes.is_first():
             print(f"{folder} is finished ({step} updates). Look: python probe.py {folder}; "
-                  "go on: --resume with more --steps; start anew: --name NAME")
+                  "go on: --resume with more --steps; start over: --name NAME")
         sys.exit(0)
     if not args.resume:
         raise UserError(f"{folder} has stopped at update {step} of {args.steps}: "
@@ -136,10 +136,7 @@ class Run:
         self.waiting = []     # log lines of updates that hold tensors still
         self.started = None   # the clock: when the first of these began
         self.log_file = None
-        if processes.is_first():
-            write_atomically(folder / "config.json", json.dumps(settings, indent=1))
-            write_atomically(folder / tokenizer.FILE, (prepared_text / tokenizer.FILE).read_bytes())
-            self.open_log()
+        self.tokenizer_file = prepared_text / tokenizer.FILE
         hidden = settings["quiet"] or not processes.is_first()
         self.bar = tqdm(total=settings["steps"], initial=self.step, desc=settings["name"],
                         unit="step", disable=True if hidden else None)
@@ -167,13 +164,19 @@ class Run:
         self.log_file = open(path, "ab", buffering=0)
 
     def restore(self, decoder, meta_head, optimizer):
-        """Load the checkpoint, if the run goes on from one."""
+        """Load the checkpoint, if the run goes on from one. Only then begin to write."""
         if self.checkpoint:
             decoder.load_state_dict(self.checkpoint["model"])
             optimizer.load_state_dict(self.checkpoint["optimizer"])
             if meta_head is not None:
                 meta_head.load_state_dict(self.checkpoint["head"])
-            self.checkpoint = None  # the memory is free again
+        if processes.is_first():
+            # config.json comes first: a folder without it is no run of ours.
+            write_atomically(self.folder / "config.json", json.dumps(self.settings, indent=1))
+            tokens = self.tokenizer_file.read_bytes()
+            write_atomically(self.folder / tokenizer.FILE, tokens)
+            self.open_log()
+        self.checkpoint = None  # its memory is free again
 
     def save(self, decoder, meta_head, optimizer):
         if not processes.is_first():
@@ -210,7 +213,7 @@ class Run:
                   f"{status(self.lines[-STATUS_LINES:])}", flush=True)
 
     def start_clock(self):
-        """Let the clock run, if it stands still. It runs in updates alone."""
+        """Start the clock unless it is running. It counts training time only."""
         if self.started is None:
             self.started = time.perf_counter()
             self.tokens_at_start = self.tokens

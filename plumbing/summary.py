@@ -10,23 +10,19 @@ ACCURACIES = {
 
 def status(lines):
     """The newest figures in the last lines of a log, on one line."""
-    lm = meta = evaluation = {}
-    rate, skipped = None, None
+    newest, rate, skipped = {}, None, None
     for line in lines:
-        if line.get("kind") == "lm":
-            lm = line
-        elif line.get("kind") == "meta":
-            meta = line
-        elif "val_loss" in line:
-            evaluation = line
+        if line.get("loss", line.get("val_loss")) is not None:  # neither a probe nor skipped
+            newest[line.get("kind", "evaluation")] = line
         rate = line.get("tokens_per_second", rate)
         skipped = line.get("skipped", skipped)
     parts = []
-    if lm.get("loss") is not None:
-        parts.append(f"loss {lm['loss']:.2f}")
-    if evaluation.get("val_loss") is not None:
-        parts.append(f"val {evaluation['val_loss']:.2f}")
-    if meta.get("query_accuracy") is not None:
+    if "lm" in newest:
+        parts.append(f"loss {newest['lm']['loss']:.2f}")
+    if "evaluation" in newest:
+        parts.append(f"val {newest['evaluation']['val_loss']:.2f}")
+    if "meta" in newest:
+        meta = newest["meta"]
         parts.append(f"query {meta['query_accuracy']:.0%} (chance {meta['chance']:.0%})")
     if skipped:
         parts.append(f"{skipped} skipped")

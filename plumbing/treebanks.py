@@ -91,9 +91,9 @@ def read_treebank(name, split, folder=None, cache=None, quiet=False):
         reason = getattr(error, "reason", error)
         place = folder or path.parent
         raise FileNotFoundError(
-            f"{file} could not be had ({reason}): get it from https://github.com/{repository} "
-            f"and put it into {place} (--uner FOLDER names another); without a network: "
-            "--train toy --test toy") from None
+            f"{file} could not be found or downloaded ({reason}): get it from "
+            f"https://github.com/{repository} and put it into {place} (--uner FOLDER names "
+            "another); without a network: --train toy --test toy") from None
 
 
 def download(url, path, quiet=False):
@@ -118,7 +118,7 @@ def download(url, path, quiet=False):
 
 def load_treebanks(trains, tests, folder=None, cache=None, quiet=False):
     """{(name, split): sentences} of training and test treebanks. "all" is every training treebank
-    that can be had, one after another. A missing dev file is said and done without. Raises as
+    that can be found, one after another. A missing dev file is reported and skipped. Raises as
     read_treebank does."""
     treebanks = {}
     for name in tests:
@@ -133,7 +133,7 @@ def load_treebanks(trains, tests, folder=None, cache=None, quiet=False):
                 except FileNotFoundError as error:
                     missing = error
                     if name == "all" or split == "dev":
-                        print(f"{name} ({split}) goes without {error}", file=sys.stderr)
+                        print(f"{name} ({split}) continues without {error}", file=sys.stderr)
             if sentences:
                 treebanks[name, split] = sentences
             elif split == "train":

@@ -204,7 +204,7 @@ def papers_step(models, learner, paper_ids):
 def probe_step(models, batch):
     """A probe of training's size: four windows of 128 tokens."""
     with precision(models.device):
-        probe.measure(models.decoder, batch[:probe.BATCH, :129])
+        probe.measure(models.decoder, batch[:probe.PROBE_WINDOWS, :129])
 
 
 # ---- the report --------------------------------------------------------------------------------

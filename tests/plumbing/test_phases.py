@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from plumbing.phases import (
-    CURVES, FEWEST_PROBES, hump, phase, phase_count_table, phase_counts, phase_table, phases,
-    rising_fit, smooth)
+    CURVES, FEWEST_PROBES, hump, hump_test, phase, phase_count_table, phase_counts, phase_table,
+    phases, rising_fit, smooth)
 
 STEPS = np.array([0, 1, 2, 4, 8, 16, 32, 64, *range(100, 2001, 100)])
 # Time, from 0 to 1, at each of STEPS.
@@ -56,6 +56,16 @@ def test_false_alarms_are_rare(curve, word):
     """Monotone curves with autocorrelated noise."""
     verdicts = [phase(STEPS, curve + 0.04 * noise(seed))["verdict"] for seed in range(20)]
     assert verdicts.count(word) >= 19
+
+
+def test_noise_alone_has_no_hump():
+    """Many of its humps are higher than an eighth of its range, so that p has to tell."""
+    curves = [noise(seed, rho=0) for seed in range(20)]
+    verdicts = [phase(STEPS, curve)["verdict"] for curve in curves]
+    assert verdicts.count(RISING) + verdicts.count(FALLING) >= 19
+    p = [hump_test(curve)[-1] for curve in curves]
+    assert np.median(p) > 0.2
+    assert max(p) <= 1
 
 
 def test_smoothing_is_a_mean_of_three_and_of_two_at_the_ends():

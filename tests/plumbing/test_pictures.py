@@ -1,4 +1,6 @@
 """Pictures: made of short and partial logs, with bars and titles that agree with the figures."""
+import math
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,14 @@ def test_comparison_shows_the_ratios(tmp_path):
         found[ax.get_xlabel()] = ax.get_title(loc="left")
     assert found == {"updates": "sooner by 1.60x", "tokens": "sooner by 1.60x",
                      "model FLOPs": "sooner by 0.80x", "seconds of training": "sooner by 1.60x"}
+    # Each run's curve goes on to its loss and its cost at the last update.
+    ends = {"updates": (1000, 1000), "tokens": (5000, 5000), "model FLOPs": (10_000, 20_000),
+            "seconds of training": (2000, 2000)}
+    for ax in figure.axes[:4]:
+        vanilla, meta = ax.lines
+        assert (vanilla.get_xdata()[-1], meta.get_xdata()[-1]) == ends[ax.get_xlabel()]
+        assert vanilla.get_ydata()[-1] == pytest.approx(10 - math.log(1001))
+        assert meta.get_ydata()[-1] == pytest.approx(10 - math.log(1601))
     # The accuracy is in percent: a bar for each of the two groups.
     heights = [bar.get_height() for bar in figure.axes[4].patches]
     assert heights == pytest.approx([20, 20])
