@@ -18,8 +18,8 @@ from plumbing.statistics import in_words, mean_and_spread
 # key in a line of the log -> in words
 COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs",
          "seconds": "seconds of training"}
-FEWSHOT = {"fewshot_before": "head before", "fewshot_after": "head after",
-           "fewshot_after_new": "head after*", "fewshot_prototype": "prototype*"}
+FEWSHOT = {"fewshot_before": "meta head before", "fewshot_after": "meta head after",
+           "fewshot_after_new": "meta head after*", "fewshot_prototype": "prototype*"}
 STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
 # These settings do not make a configuration.
 NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device",
@@ -173,10 +173,10 @@ def comparison_table(result):
     names = "".join(f"{name:>18}" for name in FEWSHOT.values())
     lines = [f"final figures; loss in {result['unit']} on validation text; "
              "+- is the standard deviation over seeds",
-             f"{'':<20} {'loss':>16} {names}{'untrained prototype*':>22} {'chance':>8}",
-             "* on queries that the previous-token look-up cannot answer"]
+             f"{'':<20} {'loss':>16} {names}{'untrained prototype*':>22} {'chance':>8}"]
     for label, figures in result["groups"].items():
         lines += final_rows(label, figures, result["loss"])
+    lines.append("* on queries that the previous-token look-up cannot answer")
     first = next(iter(result["groups"]))
     for label, entry in result["sooner_by"].items():
         lines += ["", f"{label} reaches the same held-out loss sooner than {first} by a factor of "
