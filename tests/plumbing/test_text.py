@@ -7,7 +7,8 @@ from pathlib import Path
 
 from plumbing import text
 
-LINES = ["First line, naïve.", "Zweite Zeile 日本語 🙂", "third\nwith a break\r\n", "x" * 40_000, " "]
+LINES = ["First line, naïve.", "Zweite Zeile 日本語 🙂", "third\nwith a break\r\n",
+         "x" * 40_000, " "]
 
 
 def read(path):
