@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 CHAPTERS = ("data", "model", "meta", "probe", "train", "ner")
 TOP_LEVEL = ({"README.md", "requirements.txt", "plumbing", "docs", "tests"}
              | {f"{chapter}.py" for chapter in CHAPTERS})
-WIDEST_LINE, LONGEST_FUNCTION = 100, 66
+WIDEST_LINE, LONGEST_FUNCTION = 100, 60
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -264,8 +264,8 @@ BROKEN = [
     (missing_and_strange_names, "assets/one.png", "", ["assets does not belong here"]),
     (wide_lines, "plumbing/kernels.py", "#" * 101, ["plumbing/kernels.py:2 has 101 columns"]),
     (wide_lines, "tests/test_long.py", "#" * 102, ["tests/test_long.py:82 has 102 columns"]),
-    (long_functions, "docs/figures.py", "class Panel:\n    def draw(self):\n" + "        1\n" * 66,
-     ["docs/figures.py: draw has 67 lines"])]
+    (long_functions, "docs/figures.py", "class Panel:\n    def draw(self):\n" + "        1\n" * 60,
+     ["docs/figures.py: draw has 61 lines"])]
 
 
 @pytest.mark.parametrize("rule, file, addition, said", BROKEN)
