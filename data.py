@@ -344,7 +344,8 @@ def main():
         # text it needs one row, and again one more.
         if len(corpus.train) > 9 * 128 and len(corpus.val) > 2 * 128:
             multiple_of_64 = (corpus.encoding.n_vocab + 63) // 64 * 64
-            print(f"next: python train.py --data {corpus.folder} --vocab-size {multiple_of_64}")
+            print(f"next: python train.py --data {corpus.folder} --name {corpus.folder.name} "
+                  f"--vocab-size {multiple_of_64}")
         else:
             print("too few to train on: add text")
 

@@ -232,8 +232,8 @@ def open_prepared(folder, vocab_size):
     encoding = load_encoding(folder)
     if encoding.n_vocab > vocab_size:
         raise UserError(f"{folder} was prepared with {encoding.n_vocab} tokens: --vocab-size "
-                        f"{vocab_size} is too small; leave the flag out, or prepare the text "
-                        "again (python data.py PATH --out FOLDER --vocab-size N)")
+                        f"{vocab_size} is too small; give at least that many, or prepare the "
+                        "text again (python data.py PATH --out FOLDER --vocab-size N)")
     train, val = [map_tokens(path) for path in parts]
     return info, encoding, train, val
 
