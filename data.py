@@ -20,7 +20,7 @@ from plumbing.commands import Parser, UserError, errors_in_one_line
 from plumbing.machine import to_device
 from plumbing.ngrams import ngram_losses
 from plumbing.text import digest
-from plumbing.tokenizer import END, MASK, load_encoding  # noqa: F401 - the second is for notebooks
+from plumbing.tokenizer import END, MASK, load_encoding  # noqa: F401 - the last is for notebooks
 
 # Classes are words that occur at least MIN_COUNT times and are not among the MOST_COMMON.
 MIN_COUNT, MOST_COMMON = 64, 100
@@ -255,7 +255,7 @@ def show(corpus):
             n_bytes += int(corpus.token_bytes[block].sum())
     documents = corpus.info["documents"]
     middle = len(corpus.train) // 2
-    sample = corpus.encoding.decode(corpus.train[middle:middle + 60].tolist())
+    sample = text_of(corpus.train[middle:middle + 60], corpus)
     lines = [f"{corpus.info['source']}, in {corpus.folder}",
              f"{documents} documents" if documents else "files of token ids",
              f"{tokens:,} tokens, {len(corpus.val):,} of them for validation",
@@ -275,10 +275,16 @@ def show(corpus):
     return "\n".join(lines + episode_in_words(episode, corpus))
 
 
+def text_of(ids, corpus):
+    """The text of token ids; ids that a damaged file may hold beyond the tokenizer's are left
+    out."""
+    known = [i for i in ids.tolist() if i < corpus.encoding.n_vocab]
+    return corpus.encoding.decode(known)
+
+
 def row_in_words(ids, corpus):
     """The text of a row of token ids, on one line."""
-    text = corpus.encoding.decode(ids.tolist())
-    return " ".join(text.split()).replace(MASK, " <mask>")
+    return " ".join(text_of(ids, corpus).split()).replace(MASK, " <mask>")
 
 
 def episode_in_words(episode, corpus):
@@ -344,7 +350,8 @@ def main():
         # text it needs one row, and again one more.
         if len(corpus.train) > 9 * 128 and len(corpus.val) > 2 * 128:
             multiple_of_64 = (corpus.encoding.n_vocab + 63) // 64 * 64
-            print(f"next: python train.py --data {corpus.folder} --name {corpus.folder.name} "
+            name = corpus.folder.resolve().name
+            print(f"next: python train.py --data {corpus.folder} --name {name} "
                   f"--vocab-size {multiple_of_64}")
         else:
             print("too few to train on: add text")

@@ -135,7 +135,7 @@ def write_prepared(folder, source, tokenizer, vocab_size, quiet):
 
 
 def read_source(files, docs, description, quiet):
-    """Yield (name, text) from text files or, without any, from docs, a list of such pairs."""
+    """An iterator over (name, text) of text files or, without any, of docs, a list of pairs."""
     if files:
         return documents(files, description, quiet)
     return tqdm(docs, desc=description, unit="document", disable=True if quiet else None)

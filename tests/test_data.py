@@ -132,7 +132,7 @@ def test_too_many_ways_is_refused(corpus):
 def test_prepared_once_is_the_corpus_itself(script, corpus, text_file, tmp_path):
     done = script("data.py", text_file, "--out", "ready", "--vocab-size", 2048)
     assert done.returncode == 0, done.stderr
-    assert "train.py --data ready" in done.stdout
+    assert "train.py --data ready --name ready --vocab-size" in done.stdout
     again = data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
     # The command names the vocabulary to train with: the next multiple of 64.
     assert int(done.stdout.split()[-1]) - again.encoding.n_vocab in range(64)

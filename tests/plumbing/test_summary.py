@@ -35,3 +35,8 @@ def test_summary_tells_the_end_the_start_and_the_cost():
             "peak memory 0.5 GiB") in text
     assert "sample: 'some text'" in text
     assert "python probe.py runs/mine" in text
+
+
+def test_status_keeps_the_last_loss_after_a_skipped_update():
+    lines = [{"kind": "lm", "loss": 4.0}, {"kind": "lm", "loss": None, "skipped": 1}]
+    assert status(lines) == "loss 4.00, 1 skipped"
