@@ -46,7 +46,9 @@ def adapt(module, fast, inputs, labels, inner_steps, inner_lr, second_order=Fals
     graph, and the derivative goes through them, too."""
     for _ in range(inner_steps):
         loss = F.cross_entropy(functional_call(module, fast, (inputs,)), labels)
-        grads = torch.autograd.grad(loss, tuple(fast.values()), create_graph=second_order)
+        # Without autocast, which would compute the float32 head's gradients in bf16.
+        with torch.autocast(inputs.device.type, enabled=False):
+            grads = torch.autograd.grad(loss, tuple(fast.values()), create_graph=second_order)
         fast = {name: p - inner_lr * g for (name, p), g in zip(fast.items(), grads)}
     return fast
 

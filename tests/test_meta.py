@@ -63,6 +63,19 @@ def test_gradient_by_hand(second_order):
     assert module.w.grad.item() == pytest.approx(expected, abs=1e-12)
 
 
+def test_autocast_does_not_reach_the_inner_gradients():
+    """A meta head computes in float32, and so must its gradients: the adapted weights under
+    autocast are those without."""
+    head = meta.MetaHead(24, "slots", 4, 0, seeded(0))
+    states, labels = torch.randn(8, 24, generator=seeded(1)), torch.arange(4).repeat(2)
+    adapted = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            adapted.append(meta.adapt(head, head.start(labels[:4]), states, labels, 5, 0.1))
+    for name, value in adapted[0].items():
+        assert torch.equal(value, adapted[1][name]), name
+
+
 # ---- the gradient of a meta step ---------------------------------------------------------------
 
 def learner(tiny, kind="slots"):
