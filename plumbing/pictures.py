@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot: no window, no global state
 from matplotlib.ticker import EngFormatter, LogLocator
@@ -15,6 +16,8 @@ from plumbing.logs import layer_series, read_metrics, read_settings, series
 # Okabe & Ito's colours, which colour-blind eyes can tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = COLOURS = [
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+# A run's name may hold dollar signs.
+matplotlib.rcParams["text.parse_math"] = False
 # Seconds between two looks at the log of a running job.
 FOLLOW_EVERY = 2.0
 
