@@ -373,7 +373,11 @@ def main():
         cells = read_cells(args.out)
         treebanks = load_treebanks(args.train, args.test, args.uner, args.cache, args.quiet)
         models, groups = load_models(args.runs, args.scratch)
-        run_grid(args, models, treebanks, cells)
+        try:
+            run_grid(args, models, treebanks, cells)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"What is finished lies in {args.out}, and the same command "
+                                    "continues.") from None
         print(report(args, groups, cells, f1_of))
 
 

@@ -105,8 +105,8 @@ def command(main):
             sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
             leave(2 if error.errno in BAD_PATH else 1, f"error: {in_words(error)}")
-        except KeyboardInterrupt:
-            leave(128 + signal.SIGINT, "stopped")
+        except KeyboardInterrupt as error:
+            leave(128 + signal.SIGINT, f"stopped. {error}".rstrip())
     return framed
 
 

@@ -61,13 +61,13 @@ def open_run(args):
             run.find_checkpoint()
         try:
             yield run
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            if run.log_file is None:  # nothing was written yet
-                raise
-            raise Failure(f"error: {in_words(error)}. What was saved before is whole; --resume "
-                          "continues it.") from error
+        except (OSError, KeyboardInterrupt) as error:
+            if run.log_file is None or isinstance(error, BrokenPipeError):
+                raise  # nothing was written yet, or nobody reads what is printed
+            advice = "What was saved before is whole; --resume continues it."
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(advice) from None
+            raise Failure(f"error: {in_words(error)}. {advice}") from error
 
 
 def check_flags(folder, args):

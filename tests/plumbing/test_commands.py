@@ -33,7 +33,8 @@ def run(monkeypatch, error, **environment):
     (OSError(28, "No space left on device"), 1,
      "t.py: error: No space left on device: make room on the disk"),
     (OSError(5, "Input/output error", "x"), 1, "t.py: error: x: Input/output error"),
-    (KeyboardInterrupt(), 130, "t.py: stopped")])
+    (KeyboardInterrupt(), 130, "t.py: stopped."),
+    (KeyboardInterrupt("Go on."), 130, "t.py: stopped. Go on.")])
 def test_an_error_is_one_line_and_its_exit_code(error, code, said, monkeypatch, capsys):
     assert run(monkeypatch, error) == code
     assert capsys.readouterr().err == said + "\n"
