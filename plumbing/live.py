@@ -51,7 +51,7 @@ HEADERS = {
 def describe(folder):
     """What the page needs of a run's settings. Raises UserError if the folder holds no run."""
     settings = read_settings(folder)
-    description = {"name": settings["name"][:80], "size": settings["size"][:20],
+    description = {"name": settings["name"][:40], "size": settings["size"][:20],
                    "kind": "meta" if settings.get("meta") else "vanilla",
                    "text": str(settings.get("corpus_sha256"))[:64]}
     for name in ("steps", "seed", "vocab_size", "n_way", "inner_steps", "unigram", "bigram"):

@@ -13,6 +13,7 @@ import pytest
 import probe
 from plumbing import live
 from plumbing.commands import UserError
+from plumbing.compare import COSTS
 from plumbing.live import PAGE, describe, has_display, new_lines, open_server, serve
 
 SETTINGS = {"name": "mine", "size": "11m", "steps": 5, "vocab_size": 300, "seed": 2, "n_way": 4,
@@ -99,7 +100,7 @@ def test_settings_of_any_kind_are_described(tmp_path):
     wild = {"name": "x" * 1_000_000, "unigram": float("nan"), "bigram": [[1]], "n_way": "4",
             "seed": 10 ** 30, "corpus_sha256": {"a": 1}}
     description = describe(make_run(tmp_path / "wild", **wild))
-    assert len(description["name"]) == 80
+    assert len(description["name"]) == 40
     for name in ("unigram", "bigram", "n_way", "seed"):
         assert description[name] is None
     json.dumps(description, allow_nan=False)
@@ -114,6 +115,12 @@ def test_settings_are_read_again_and_kept_if_they_vanish(run):
         assert ask_json(port, "/runs")[0]["steps"] == 9
         (run / "config.json").unlink()
         assert ask_json(port, "/runs")[0]["steps"] == 9
+
+
+def test_the_page_names_costs_as_the_comparison_does():
+    page = PAGE.read_text()
+    for key, name in COSTS.items():
+        assert f'{key}: "{name}"' in page
 
 
 # ---- logs --------------------------------------------------------------------------------------
@@ -195,11 +202,14 @@ def test_a_long_log_comes_in_pieces(tmp_path, monkeypatch):
     texts = [json.dumps({"step": step}) for step in range(20)]
     texts[3] = "x" * 100  # longer than a piece: its beginning is passed over
     log.write_text("".join(text + "\n" for text in texts))
-    lines, reply = [], {"next": 0, "mark": "0", "more": True}
-    while reply["more"]:
+    lines, reply = [], {"next": 0, "mark": "0"}
+    for _ in range(40):
         reply = new_lines(log, reply["next"], reply["mark"])
         assert sum(map(len, reply["lines"])) < 30
+        assert reply["lines"] or reply["more"]
         lines += reply["lines"]
+        if not reply["more"]:
+            break
     assert reply["next"] == log.stat().st_size
     assert lines[:3] == texts[:3]
     assert set(lines[3]) == {"x"}
@@ -240,6 +250,13 @@ def test_other_methods_are_refused(run, method):
     assert headers["X-Content-Type-Options"] == "nosniff"
 
 
+def test_a_reply_to_head_has_no_body(run):
+    with serving(run) as port:
+        reply = send(port, b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert reply.startswith(b"HTTP/1.0 405 ")
+    assert reply.endswith(b"\r\n\r\n")
+
+
 @pytest.mark.parametrize("host, status", [
     ("localhost", 200), ("127.0.0.1:9000", 200), ("LOCALHOST:1", 200), ("[::1]:80", 200),
     ("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example:80", 403),
@@ -254,9 +271,11 @@ def send(port, request):
     """The reply to some bytes; b"" if the server ended the connection without one."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         reply = b""
-        with contextlib.suppress(ConnectionError):
+        # The server need not read all of it.
+        with contextlib.suppress(OSError):
             connection.sendall(request)
             connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
             while piece := connection.recv(65536):
                 reply += piece
         return reply
@@ -279,6 +298,17 @@ def test_the_server_survives_malformed_requests(run, request_bytes, capsys):
 def test_a_silent_client_keeps_no_one_else_waiting(run):
     with serving(run) as port, socket.create_connection(("127.0.0.1", port)):
         assert ask(port, "/runs")[0] == 200
+
+
+@pytest.mark.parametrize("error, is_said", [
+    (ConnectionResetError(), False), (TimeoutError(), False), (ZeroDivisionError(), True)])
+def test_a_browser_that_goes_away_is_no_error(run, error, is_said, capsys):
+    with open_server([run], 0) as server:
+        try:
+            raise error
+        except Exception:
+            server.handle_error(None, ("127.0.0.1", 1))
+    assert ("Traceback" in capsys.readouterr().err) == is_said
 
 
 # ---- the command -------------------------------------------------------------------------------
