@@ -7,6 +7,8 @@ Read `EpisodeSampler` first: it turns text into small classification tasks by ma
 words (SMLMT, Bansal et al. 2020, arXiv 2009.08445). `WordIndex` says which words take part, and
 `lm_batch` makes the ordinary batches. How text becomes tokens is in plumbing/.
 """
+import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,7 +18,8 @@ import tiktoken
 import torch
 
 from plumbing import prepare
-from plumbing.commands import Parser, UserError, errors_in_one_line
+from plumbing.commands import Parser, UserError, command, filled, number
+from plumbing.files import is_free
 from plumbing.machine import to_device
 from plumbing.ngrams import ngram_losses
 from plumbing.text import digest
@@ -229,19 +232,19 @@ class Corpus:
         return WordIndex(self)
 
 
-def load(data=None, tokenizer="bpe", vocab_size=50304, cache=None, quiet=False):
+def load(data=None, tokenizer="bpe", vocab_size=50304, cache=None, quiet=False, check_all=False):
     """The Corpus of a text, or by default of the documentation on this machine. It is prepared
-    on first use and then cached. vocab_size is at most 65536. Raises UserError."""
+    on first use and then cached. vocab_size is at most 65536. Raises UserError, also if the files
+    are not as they were written; check_all reads large ones through, too."""
     if data and prepare.is_prepared(Path(data)):
-        corpus = open_corpus(Path(data), vocab_size)
-        prepare.check_ids(corpus.folder, corpus.encoding, corpus.train, corpus.val)
-        return corpus
-    return open_corpus(prepare.prepared_folder(data, tokenizer, vocab_size, cache, quiet),
-                       vocab_size)
+        folder = Path(data)
+    else:
+        folder = prepare.prepared_folder(data, tokenizer, vocab_size, cache, quiet)
+    return open_corpus(folder, vocab_size, check_all)
 
 
-def open_corpus(folder, vocab_size):
-    info, encoding, train, val = prepare.open_prepared(folder, vocab_size)
+def open_corpus(folder, vocab_size, check_all=False):
+    info, encoding, train, val = prepare.open_prepared(folder, vocab_size, check_all)
     return Corpus(train, val, encoding, vocab_size, folder, info)
 
 
@@ -253,10 +256,10 @@ def show(corpus):
     for part in (corpus.train, corpus.val):
         for block in prepare.blocks(part):
             n_bytes += int(corpus.token_bytes[block].sum())
-    documents = corpus.info["documents"]
+    documents = corpus.info.get("documents")
     middle = len(corpus.train) // 2
     sample = text_of(corpus.train[middle:middle + 60], corpus)
-    lines = [f"{corpus.info['source']}, in {corpus.folder}",
+    lines = [f"{corpus.info.get('source')}, in {corpus.folder}",
              f"{documents} documents" if documents else "files of token ids",
              f"{tokens:,} tokens, {len(corpus.val):,} of them for validation",
              f"{n_bytes / max(1, tokens):.2f} bytes per token",
@@ -303,7 +306,7 @@ def episode_in_words(episode, corpus):
 def parse():
     parser = Parser(description="Show what a corpus holds (--show), or prepare a text (--out).")
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH",
+    add("paths", nargs="*", metavar="PATH", type=filled,
         help="text: .txt, .jsonl and .jsonl.gz files (with a `text` field) or folders of them; or "
              "GPT-2 ids: .bin files of nanoGPT or llm.c (default: the documentation on this "
              "machine)")
@@ -311,7 +314,8 @@ def parse():
     add("--show", action="store_true", help="print size, baselines, a sample and an episode")
     add("--tokenizer", choices=["bpe", "gpt2"], default="bpe",
         help="bpe is learned from the text; gpt2 is fetched once")
-    add("--vocab-size", type=int, default=50304, help="tokens in the vocabulary, 260 to 65536")
+    add("--vocab-size", type=number(int, 260, 65536), default=50304,
+        help="tokens in the vocabulary")
     add("--cache", help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or "
                         "~/.cache)")
     add("--quiet", action="store_true", help="no progress bars")
@@ -320,8 +324,7 @@ def parse():
 
 def prepare_text(args):
     """Prepare args.paths in the new folder args.out; returns the Corpus. Raises UserError."""
-    is_empty_folder = args.out.is_dir() and not any(args.out.iterdir())
-    if args.out.exists() and not is_empty_folder:
+    if not is_free(args.out):
         raise UserError(f"{args.out} is there already: choose another --out")
     source, tokenizer = prepare.find_source(args.paths, args.tokenizer, args.vocab_size)
     name = ", ".join(args.paths) or None
@@ -329,32 +332,33 @@ def prepare_text(args):
     return open_corpus(args.out, args.vocab_size)
 
 
+@command
 def main():
     args, parser = parse()
     if not (args.show or args.out):
         parser.error("nothing to do: add --show, or --out FOLDER")
     if len(args.paths) > 1 and not args.out:
         parser.error("several paths need --out FOLDER")
-    with errors_in_one_line(parser):
-        if args.out:
-            corpus = prepare_text(args)
-        else:
-            path = args.paths[0] if args.paths else None
-            corpus = load(path, args.tokenizer, args.vocab_size, args.cache, args.quiet)
-        if args.show:
-            print(show(corpus))
-            return
-        print(f"{corpus.folder}: {len(corpus.train):,} tokens for training and "
-              f"{len(corpus.val):,} for validation")
-        # By default train.py takes 8 rows of 128 tokens, and one for the offset. Of the validation
-        # text it needs one row, and again one more.
-        if len(corpus.train) > 9 * 128 and len(corpus.val) > 2 * 128:
-            multiple_of_64 = (corpus.encoding.n_vocab + 63) // 64 * 64
-            name = corpus.folder.resolve().name
-            print(f"next: python train.py --data {corpus.folder} --name {name} "
-                  f"--vocab-size {multiple_of_64}")
-        else:
-            print("too few to train on: add text")
+    if args.out:
+        corpus = prepare_text(args)
+    else:
+        path = args.paths[0] if args.paths else None
+        corpus = load(path, args.tokenizer, args.vocab_size, args.cache, args.quiet,
+                      check_all=True)
+    if args.show:
+        print(show(corpus))
+        return
+    print(f"{corpus.folder}: {len(corpus.train):,} tokens for training and "
+          f"{len(corpus.val):,} for validation")
+    # By default train.py takes 8 rows of 128 tokens, and one for the offset. Of the validation
+    # text it needs one row, and again one more.
+    if len(corpus.train) > 9 * 128 and len(corpus.val) > 2 * 128:
+        multiple_of_64 = (corpus.encoding.n_vocab + 63) // 64 * 64
+        name = corpus.folder.resolve().name
+        print(f"next: python train.py --data {corpus.folder} --name {name} "
+              f"--vocab-size {multiple_of_64}")
+    else:
+        print("too few to train on: add text")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ key/value heads (GQA, arXiv 2305.13245), rotary positions (arXiv 2104.09864), RM
 biases, untied embeddings. Parameter names and the rotary convention are those of Hugging Face's
 LlamaForCausalLM.
 """
+# First, so that Ctrl-C ends the script quietly while the others load.
+from plumbing.kernels import attend, cross_entropy
+
 import codecs
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from plumbing.kernels import attend, cross_entropy
 
 # name -> d_model
 SIZES = {"11m": 96, "65m": 384, "181m": 768, "570m": 1536}
@@ -258,7 +259,7 @@ def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, gene
 
 def pick(logits, temperature, top_k, generator):
     """Draw an id from logits (V,)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # where a division would overflow
         return logits.argmax().item()
     if top_k:
         smallest_kept = logits.topk(min(top_k, len(logits))).values[-1]
@@ -293,14 +294,23 @@ def load_run(folder, device="cpu"):
     from plumbing.commands import UserError
     from plumbing.logs import read_settings
     settings = read_settings(folder)
-    largest = 65_536  # ids are uint16; a damaged config.json must not take all memory
-    try:
-        config = Config(SIZES[settings["size"]], min(settings["vocab_size"], largest))
-        decoder = Decoder(config)
-        decoder.load_state_dict(load_checkpoint(folder)["model"])
-    except (KeyError, TypeError, RuntimeError):
-        raise UserError(f"the checkpoint in {folder} does not fit its config.json") from None
+    if settings["size"] not in SIZES:
+        raise UserError(f"{folder} is of size {settings['size'][:40]}: known are "
+                        + ", ".join(SIZES))
+    config = Config(SIZES[settings["size"]], settings["vocab_size"])
+    weights = load_checkpoint(folder).get("model")
+    # Shapes first, on a device without memory: a damaged config.json may name a huge model.
+    with torch.device("meta"):
+        expected = Decoder(config).state_dict()
+    if not isinstance(weights, dict) or shapes_of(weights) != shapes_of(expected):
+        raise UserError(f"the checkpoint in {folder} does not fit its config.json")
+    decoder = Decoder(config)
+    decoder.load_state_dict(weights)
     return decoder.to(device), settings
+
+
+def shapes_of(state):
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def table_of_sizes():
@@ -317,10 +327,10 @@ def table_of_sizes():
 
 
 def parse():
-    from plumbing.commands import Parser, number
+    from plumbing.commands import Parser, filled, number
     parser = Parser(description="Print the table of sizes, sample from a run, or export it.")
     add = parser.add_argument
-    add("run", nargs="?",
+    add("run", nargs="?", type=filled,
         help="folder of a trained run, such as runs/11m-meta (default: print the sizes)")
     add("--export", type=Path, metavar="FOLDER",
         help="write the model for Hugging Face's transformers, to a new folder")
@@ -336,8 +346,7 @@ def parse():
     return parser.parse_args(), parser
 
 
-def main():
-    from plumbing.commands import errors_in_one_line
+def sample_or_export():
     from plumbing.huggingface import export
     from plumbing.machine import pick_device
     from plumbing.tokenizer import load_encoding
@@ -345,18 +354,22 @@ def main():
     if args.run is None:
         print(table_of_sizes())
         return
-    with errors_in_one_line(parser):
-        if args.export and args.export.exists():
-            parser.error(f"{args.export} is there already: choose another folder")
-        device = pick_device(args.device)
-        decoder, _ = load_run(args.run, device)
-        encoding = load_encoding(args.run)
-        if args.export:
-            export(decoder, encoding, args.export)
-            print(f"written: {args.export}; next: "
-                  f'transformers.AutoModelForCausalLM.from_pretrained("{args.export}")')
-        else:
-            print_sample(decoder, encoding, args, device)
+    if args.export and args.export.exists():
+        parser.error(f"{args.export} is there already: choose another folder")
+    device = pick_device(args.device)
+    decoder, _ = load_run(args.run, device)
+    encoding = load_encoding(args.run)
+    if args.export:
+        export(decoder, encoding, args.export)
+        print(f"written: {args.export}; next: "
+              f'transformers.AutoModelForCausalLM.from_pretrained("{args.export}")')
+    else:
+        print_sample(decoder, encoding, args, device)
+
+
+def main():
+    from plumbing.commands import command
+    command(sample_or_export)()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ know. Tuned together with the decoder (mode `full`), it shows how good a start t
 data and the scores are those of Universal NER (Mayhew et al. 2024, arXiv 2311.09122). Writes
 ner/ner.json and ner/ner.png.
 """
+import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+
 import copy
 import math
 from dataclasses import dataclass
@@ -23,8 +25,10 @@ from tqdm import tqdm
 
 from model import Decoder, load_run
 from plumbing.cells import KEY, cells_to_compute, read_cells, write_cells, write_predictions
-from plumbing.commands import Parser, UserError, errors_in_one_line, number
+from plumbing.commands import Parser, UserError, command, filled, number
 from plumbing.compare import group_runs
+from plumbing.files import locked
+from plumbing.logs import read_settings
 from plumbing.machine import pick_device, precision
 from plumbing.ner_report import report, tuning_speed
 from plumbing.tokenizer import END, load_encoding
@@ -268,7 +272,6 @@ def run_grid(args, models, treebanks, cells):
         rates[run, "head"] = args.lr or HEAD_LR / decoder.config.d_model
         rates[run, "full"] = args.lr or FULL_LR
     missing = cells_to_compute(args, models, treebanks, cells, rates)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     tunings = {}  # (run, train, mode, seed) -> its cells, one for each test treebank
     for cell in missing:
         tunings.setdefault(cell[:4], []).append(cell)
@@ -333,7 +336,7 @@ def parse():
         help=f"treebanks to score on (default: en_ewt): those, and {', '.join(TEST_ONLY)}")
     add("--mode", nargs="+", default=["head"], choices=["head", "full"],
         help="tune the tag head alone (default), or the decoder, too")
-    add("--seeds", type=number(int, 1), default=1, metavar="N",
+    add("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
         help="tunings of each kind, with seeds 0 to N - 1")
     add("--uner", metavar="FOLDER",
         help="folder with UNER's .iob2 files (default: the cache, filled by download)")
@@ -345,7 +348,7 @@ def parse():
              f"{FULL_LR:g} for full)")
     add("--max-len", type=number(int, 1, 2048), default=128,
         help="tokens read of a sentence; words beyond are tagged O")
-    add("--out", default="ner", metavar="FOLDER",
+    add("--out", default="ner", metavar="FOLDER", type=filled,
         help="results; finished ones stay, so that the same command continues")
     add("--predictions", action="store_true",
         help="write word, gold and predicted tag of every test set, as .tsv")
@@ -356,6 +359,7 @@ def parse():
     return parser.parse_args(), parser
 
 
+@command
 def main():
     args, parser = parse()
     # What is named twice counts once.
@@ -363,11 +367,12 @@ def main():
     args.mode = list(dict.fromkeys(args.mode))
     if args.uner and not Path(args.uner).is_dir():
         parser.error(f"--uner {args.uner}: no such folder")
-    advice = f"What is finished lies in {args.out}, and the same command continues."
-    with errors_in_one_line(parser, advice):
-        models, groups = load_models(args.runs, args.scratch)
+    for run in args.runs:
+        read_settings(run)  # an unknown run is an error at once
+    with locked(args.out, "choose another --out"):
         cells = read_cells(args.out)
         treebanks = load_treebanks(args.train, args.test, args.uner, args.cache, args.quiet)
+        models, groups = load_models(args.runs, args.scratch)
         run_grid(args, models, treebanks, cells)
         print(report(args, groups, cells, f1_of))
 

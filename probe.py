@@ -9,6 +9,8 @@ probe lines of a run's log; train.py calls it. A phase is a rise or a fall of su
 training. Phases, comparison, pictures and the live page are in plumbing/: phases.py, compare.py,
 pictures.py, live.py.
 """
+import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+
 import json
 import math
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.commands import Parser, errors_in_one_line, number
+from plumbing.commands import Parser, command, number
 from plumbing.compare import compare, comparison_table, group_runs
 from plumbing.files import write_atomically
 from plumbing.kernels import cross_entropy
@@ -195,22 +197,22 @@ def compare_runs(logs, found, out):
     print(f"\nwritten: {out / 'compare.png'}, {out / 'compare.json'}")
 
 
+@command
 def main():
     args, parser = parse()
-    with errors_in_one_line(parser):
-        # A run that is named twice counts once.
-        folders = list({folder.resolve(): folder for folder in args.runs}.values())
-        if args.live:
-            serve(folders, args.port)
-            return
-        logs, found = look_at(folders)
-        if len(folders) > 1:
-            compare_runs(logs, found, args.out)
-            return
-        settings, run_phases = found[0]
-        print(settings["name"])
-        print(phase_table(run_phases))
-        print(f"\nwritten: {folders[0] / 'dynamics.png'}, {folders[0] / 'phases.json'}")
+    # A run that is named twice counts once.
+    folders = list({folder.resolve(): folder for folder in args.runs}.values())
+    if args.live:
+        serve(folders, args.port)
+        return
+    logs, found = look_at(folders)
+    if len(folders) > 1:
+        compare_runs(logs, found, args.out)
+        return
+    settings, run_phases = found[0]
+    print(settings["name"])
+    print(phase_table(run_phases))
+    print(f"\nwritten: {folders[0] / 'dynamics.png'}, {folders[0] / 'phases.json'}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ ckpt.pt and, at the end, dynamics.png. Every random choice in training is a func
 a number, such as that of the step, so that a vanilla and a hybrid run see the same text in the
 same order. "The paper" is arXiv 2508.02189.
 """
-import contextlib
+import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+
 import math
 import platform
 import sys
@@ -23,11 +24,11 @@ from meta import (FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, met
                   meta_loss)
 from model import SIZES, Config, Decoder, generate, lm_flops
 from plumbing import processes
-from plumbing.commands import Parser, UserError, errors_in_one_line, number
+from plumbing.commands import Parser, UserError, command, filled, number
 from plumbing.machine import compiled, device_in_words, peak_memory, precision, to_device
 from plumbing.ngrams import ngram_losses
 from plumbing.pictures import save_dynamics
-from plumbing.runs import Diverged, open_run
+from plumbing.runs import open_run
 from plumbing.summary import summary
 from probe import PROBE_WINDOWS, is_probe_step, measure
 
@@ -44,7 +45,7 @@ META_FLAGS = ("hybrid_ratio", "meta_start", "n_query", "inner", "inner_steps", "
 # ---- the loop ----------------------------------------------------------------------------------
 
 def loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run):
-    """Train from run.step to args.steps, or until a signal asks to stop. Raises Diverged."""
+    """Train from run.step to args.steps, or until a signal asks to stop. Raises Failure."""
     windows = evaluation_windows(corpus, args)
     fewshot = fewshot_rows(corpus, args.episode_len, args.k_shot + FEWSHOT_QUERIES)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -183,19 +184,21 @@ def train(args):
     """Do the job that args describes, and return its exit code. Raises UserError for what the
     user can fix."""
     device = processes.start(args.device)
-    with processes.first_on_machine_goes_first():  # it prepares the text for the others
-        corpus = data.load(args.data, args.tokenizer, args.vocab_size, args.cache, args.quiet)
-    args.tokenizer = "gpt2" if corpus.encoding.name == "gpt2" else "bpe"
-    check_length(corpus, args)
-    sampler = None
-    if args.meta:
-        sampler = data.EpisodeSampler(corpus, args.n_way, args.k_shot, args.n_query,
-                                      args.episode_len)
-    decoder, meta_head = build_models(args, corpus, device)
-    optimizer = build_optimizer(decoder, meta_head)
-    settings = describe(args, corpus, decoder, meta_head, device)
-    with contextlib.closing(open_run(args, settings, corpus.folder)) as run:
-        run.restore(decoder, meta_head, optimizer)
+    with open_run(args) as run:
+        if run.step >= args.steps:
+            return run.say_finished()
+        with processes.first_on_machine_goes_first():  # it prepares the text for the others
+            corpus = data.load(args.data, args.tokenizer, args.vocab_size, args.cache, args.quiet)
+        args.tokenizer = "gpt2" if corpus.encoding.name == "gpt2" else "bpe"
+        check_length(corpus, args)
+        sampler = None
+        if args.meta:
+            sampler = data.EpisodeSampler(corpus, args.n_way, args.k_shot, args.n_query,
+                                          args.episode_len)
+        decoder, meta_head = build_models(args, corpus, device)
+        optimizer = build_optimizer(decoder, meta_head)
+        settings = describe(args, corpus, decoder, meta_head, device)
+        run.begin(settings, corpus.folder, decoder, meta_head, optimizer)
         if processes.is_first() and not args.quiet:
             print(f"watch: python probe.py {run.folder} --live", flush=True)
         loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run)
@@ -310,15 +313,15 @@ def parse(argv=None):
         args.name = f"{args.size}-{'meta' if args.meta else 'vanilla'}"
         if args.seed:
             args.name += f"-s{args.seed}"
-    if Path(args.name).name != args.name or args.name in (".", ".."):
+    if Path(args.name).name != args.name or args.name == ".." or not args.name.isprintable():
         parser.error(f"--name {args.name} must be a plain folder name; --runs says where it lies")
     return args, parser
 
 
 def add_run_flags(add):
-    add("--name", help="folder of the run (default: SIZE-meta or SIZE-vanilla, then -sN for "
-                       "seed N > 0)")
-    add("--runs", default="runs", help="folder that holds the runs")
+    add("--name", type=filled,
+        help="folder of the run (default: SIZE-meta or SIZE-vanilla, then -sN for seed N > 0)")
+    add("--runs", default="runs", type=filled, help="folder that holds the runs")
     add("--seed", type=number(int, 0), default=0, help="source of every random choice")
     add("--resume", action="store_true", help="continue a stopped run; --steps may be raised")
     add("--device", help="cuda, mps or cpu (default: the best that is here)")
@@ -332,9 +335,10 @@ def add_run_flags(add):
 def add_text_flags(add):
     add("--size", choices=SIZES, default="11m",
         help="parameters of the decoder, with the default vocabulary")
-    add("--data", help="text: a .txt, .jsonl or .jsonl.gz file or a folder of them; GPT-2 ids: "
-                       ".bin files of nanoGPT or llm.c; or a folder that data.py --out made "
-                       "(default: the documentation on this machine)")
+    add("--data", type=filled,
+        help="text: a .txt, .jsonl or .jsonl.gz file or a folder of them; GPT-2 ids: .bin files of "
+             "nanoGPT or llm.c; or a folder that data.py --out made (default: the documentation "
+             "on this machine)")
     add("--tokenizer", choices=["bpe", "gpt2"], default="bpe",
         help="bpe is learned from the text; gpt2 is fetched once")
     add("--vocab-size", type=number(int, 260, 65536), default=50304,
@@ -378,24 +382,11 @@ def add_meta_flags(add):
         help="full MAML: differentiate through the inner loop")
 
 
+@command
 def main():
-    args, parser = parse()
-    parser.silent = not processes.is_first()
-    advice = "What was saved before is whole; --resume continues it."
-    # open_run has checked the paths. If one fails later, that is no bad input.
-    with errors_in_one_line(parser, advice, bad_path=()):
-        try:
-            sys.exit(train(args))
-        except Diverged as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
-        except RuntimeError as error:
-            if processes.is_first():
-                raise
-            # Most often because another process has ended, which prints its own message.
-            reason = str(error).partition("\n")[0][:80]
-            sys.exit(f"process {processes.RANK} stopped: {reason}")
-        finally:
-            processes.leave()
+    args, _ = parse()
+    with processes.left_in_the_end():
+        sys.exit(train(args))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import data  # noqa: E402
 from meta import adapt  # noqa: E402
-from plumbing.commands import Parser, errors_in_one_line  # noqa: E402
+from plumbing.commands import Parser, command  # noqa: E402
 from plumbing.pictures import (  # noqa: E402
     BLUE, COLOURS, GREEN, ORANGE, label_panel, new_figure, save_figure)
 from plumbing.tokenizer import MASK  # noqa: E402
@@ -224,17 +224,16 @@ def draw_heads(figure, axes, generator, T=24):
     figure.colorbar(image, ax=axes, label="attention")
 
 
+@command
 def main():
-    parser = Parser(description="Draw the small figures of the README.")
-    parser.parse_args()
-    with errors_in_one_line(parser):
-        for name, draw, size in (("episode", draw_episode, (12, 4.2)),
-                                 ("fomaml", draw_fomaml, (13, 4.8)),
-                                 ("probes", draw_probes, (15, 4))):
-            figure = new_figure(*size)
-            draw(figure)
-            save_figure(figure, HERE / f"{name}.png")
-            print(f"written: {HERE / name}.png")
+    Parser(description="Draw the small figures of the README.").parse_args()
+    for name, draw, size in (("episode", draw_episode, (12, 4.2)),
+                             ("fomaml", draw_fomaml, (13, 4.8)),
+                             ("probes", draw_probes, (15, 4))):
+        figure = new_figure(*size)
+        draw(figure)
+        save_figure(figure, HERE / f"{name}.png")
+        print(f"written: {HERE / name}.png")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,20 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
+
 from plumbing.checkpoints import fingerprint
 from plumbing.commands import UserError
-from plumbing.files import write_atomically
+from plumbing.files import parse_json, read_file, write_atomically
 from plumbing.text import digest
 
 # These name a cell.
 KEY = ("run", "train", "mode", "seed", "test")
 FILE = "ner.json"
+# What is read of a cell.
+KINDS = {"run": str, "train": str, "mode": str, "seed": int, "test": str, "settings": dict,
+         "f1": float | int, "sentences": int, "counts": list, "auc": float | int,
+         "slope": float | int, "t90": float | int | None}
 
 
 def read_cells(folder):
@@ -23,16 +29,24 @@ def read_cells(folder):
     path = Path(folder) / FILE
     if not path.exists():
         return {}
-    cells = {}
-    try:
-        for cell in json.loads(path.read_text()):
-            if not cell["settings"].items() or not cell["counts"]:
-                raise KeyError
-            cells[tuple(cell[key] for key in KEY)] = cell
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    content = parse_json(read_file(path), path)
+    if not (isinstance(content, list) and all(map(is_cell, content))):
         raise UserError(f"{path} is not a list of result cells: move it away, or choose another "
-                        "--out") from None
-    return cells
+                        "--out")
+    return {tuple(cell[key] for key in KEY): cell for cell in content}
+
+
+def is_cell(cell):
+    """Whether a value has what is read of a cell, in the right types."""
+    if not isinstance(cell, dict):
+        return False
+    if not all(isinstance(cell.get(key), kind) for key, kind in KINDS.items()):
+        return False
+    try:
+        counts = np.array(cell["counts"], dtype=float)
+    except (ValueError, TypeError):
+        return False
+    return counts.shape == (cell["sentences"], 3) and (counts >= 0).all()
 
 
 def write_cells(cells, folder):
@@ -73,7 +87,9 @@ def cells_to_compute(args, models, treebanks, cells, rates):
                     # always so now; earlier versions had flags for them
                     "subtoken": "first", "strict": False}
         if cell in cells:
-            check_same(cell, cells[cell]["settings"], settings, args.out)
+            sentences = len(treebanks[test, "test"])
+            check_same(cell, cells[cell]["settings"] | {"sentences": cells[cell]["sentences"]},
+                       settings | {"sentences": sentences}, args.out)
         no_predictions = args.predictions and not predictions_path(args.out, cell).exists()
         if cell not in cells or no_predictions:
             missing[cell] = settings
@@ -81,7 +97,7 @@ def cells_to_compute(args, models, treebanks, cells, rates):
 
 
 def check_same(cell, old, new, folder):
-    differing = [f"{key} {old.get(key)} there, {new[key]} now"
+    differing = [f"{key} {str(old.get(key))[:40]} there, {new[key]} now"
                  for key in new if old.get(key) != new[key]]
     if differing:
         name = " ".join(map(str, cell))

@@ -1,19 +1,27 @@
 """Checkpoints with a checksum and a predecessor.
 
 A checkpoint may be torn, altered, or come from a stranger. So it carries its SHA-256, the one
-before it is kept, and nothing but tensors and plain values is ever unpickled (weights_only).
+before it is kept, nothing but tensors and plain values is ever unpickled (weights_only), and
+reading it takes no more memory than the file's size.
 """
 import hashlib
 import os
+import pickletools
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
 
 from plumbing.commands import UserError
-from plumbing.files import replacing
+from plumbing.files import open_regular, replacing
 
-NEWEST, PREVIOUS = "ckpt.pt", "ckpt-previous.pt"
+NEWEST, PREVIOUS, DAMAGED = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt"
+# All that the pickle in a checkpoint may name. weights_only allows more, such as a bytearray of
+# any length.
+NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
+# The pickle holds names and shapes, and no values. In bytes; a run's takes 50,000.
+LARGEST_PICKLE = 4_000_000
 
 
 def fingerprint(state):
@@ -42,35 +50,94 @@ def save_checkpoint(folder, state):
     """Write state, a dict, to folder/ckpt.pt and keep the one before, so that a whole checkpoint
     exists at every instant. Raises OSError if it cannot be written."""
     newest = Path(folder) / NEWEST
-    with replacing(newest) as file:
+    with replacing(newest, keep=newest.with_name(PREVIOUS)) as file:
         try:
             torch.save(state | {"sha256": fingerprint(state)}, file)
         except RuntimeError as error:  # torch's own words for a write that failed
             message = "the disk is full or the file too large"
             raise OSError(None, message, str(newest)) from error
-        file.flush()
-        os.fsync(file.fileno())
-        if newest.exists():
-            newest.replace(newest.with_name(PREVIOUS))
 
 
-def load_checkpoint(folder):
-    """The newest whole checkpoint in a run's folder, a dict. Raises UserError if there is none."""
+def load_checkpoint(folder, set_aside=False):
+    """The newest whole checkpoint in a run's folder, a dict. Raises UserError if there is none.
+
+    set_aside renames a damaged ckpt.pt. Otherwise the next save would put it in place of the good
+    one before it."""
     problems = []
     for name in (NEWEST, PREVIOUS):
+        path = Path(folder) / name
         try:
-            state = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
-            intact = state.pop("sha256") == fingerprint(state)
+            state = read_checkpoint(path)
         except FileNotFoundError:
             problems.append(f"{name} is missing")
             continue
+        except PermissionError:
+            raise
         except Exception as error:  # a truncated or altered archive fails in many ways
-            problems.append(f"{name} is damaged ({type(error).__name__})")
+            reason = str(error) if isinstance(error, UserError) else type(error).__name__
+            problems.append(f"{name} is damaged ({reason})")
             continue
-        if intact:
-            if problems:
-                print(f"{folder}: {problems[0]}; using {name}, of step {state['step']}",
-                      file=sys.stderr)
-            return state
-        problems.append(f"{name} is damaged (its checksum is wrong)")
+        if problems:
+            print(f"{folder}: {problems[0]}; using {name}, of step {state['step']}",
+                  file=sys.stderr)
+            if set_aside and path.with_name(NEWEST).exists():
+                path.with_name(NEWEST).replace(path.with_name(DAMAGED))
+        return state
     raise UserError(f"no usable checkpoint in {folder}: " + ", ".join(problems))
+
+
+def read_checkpoint(path):
+    """A checkpoint, if it is whole. Raises UserError, OSError, or what torch.load raises."""
+    with open_regular(path) as file:
+        check_archive(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    check_values(state, set())
+    if state.pop("sha256") != fingerprint(state):
+        raise UserError("its checksum is wrong")
+    if not isinstance(state.get("step"), int):
+        raise UserError("it has no step")
+    return state
+
+
+def check_archive(file):
+    """Raise an error unless a checkpoint, an open zip archive, takes no more room when unpacked,
+    and its pickle names nothing but NAMES."""
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        unpacked = sum(member.file_size for member in members)
+        if unpacked > size or any(member.compress_type for member in members):
+            raise UserError("it is compressed")
+        pickle, = [member for member in members if member.filename.endswith("data.pkl")]
+        if pickle.file_size > LARGEST_PICKLE:
+            raise UserError("its pickle is too large")
+        for opcode, argument, _ in pickletools.genops(archive.read(pickle)):
+            if opcode.name == "GLOBAL" and argument not in NAMES:
+                raise UserError(f"it names {argument[:40]}")
+    file.seek(0)
+
+
+def check_values(value, seen):
+    """Raise UserError unless tensors fill their memory with finite values, and no tensor, dict or
+    list stands in two places; `seen` holds those met before. Otherwise a small file could stand
+    for a huge state."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        if not (value.is_contiguous() and value.nbytes == storage.nbytes()):
+            raise UserError("a tensor does not fill its memory")
+        if not value.isfinite().all():
+            raise UserError("it holds values that are not finite")
+        identity, items = storage.data_ptr(), []
+    elif isinstance(value, (dict, list)):
+        identity, items = id(value), value.values() if isinstance(value, dict) else value
+    elif isinstance(value, tuple):  # Adam's rates, which its groups share
+        if len(value) > 9 or any(not isinstance(item, (int, float)) for item in value):
+            raise UserError("a tuple holds more than a few numbers")
+        return
+    else:
+        return
+    if identity in seen:
+        raise UserError("a part of it stands in two places")
+    seen.add(identity)
+    for item in items:
+        check_values(item, seen)

@@ -1,17 +1,38 @@
 """What all commands share: flags that explain themselves, and mistakes answered in one line."""
 import argparse
-import contextlib
+import errno
+import functools
+import io
 import math
+import os
+import signal
+import sys
+from pathlib import Path
 
-# The user gave a path that cannot be used. Other system errors, such as a full disk, are no
-# mistake of the user's.
-BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
-            PermissionError)
+# What may be wrong with a path that the user gave, and what to do about it. Other errors of the
+# system, such as a full disk, are no mistake of the user's.
+BAD_PATH = {
+    errno.ENOENT: "check the name", errno.ENOTDIR: "check the name", errno.ENXIO: "check the name",
+    errno.EISDIR: "name a file", errno.EEXIST: "choose another name",
+    errno.ENOTEMPTY: "choose another name", errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "check where the links lead", errno.EROFS: "choose another place",
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.EPERM: "check its permissions, or choose another place"}
+NO_ROOM = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room on the disk",
+           errno.EFBIG: "allow larger files (ulimit -f)"}
+# Whole numbers that seeds and the clock of an optimizer can hold.
+LARGEST_NUMBER = 2 ** 63 - 1
 
 
 class UserError(ValueError):
     """Something the user gave cannot be used. The message says what is wrong and what to do."""
 
+
+class Failure(Exception):
+    """The job cannot go on, though what the user gave was right. The message says why."""
+
+
+# ---- flags -------------------------------------------------------------------------------------
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """States each default once, and none where there is none."""
@@ -25,26 +46,22 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that states defaults. Its errors are one line, with exit code 2."""
-    silent = False  # with several processes, one speaks for all
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def exit(self, status=0, message=None):
-        super().exit(status, None if self.silent else message)
+        leave(2, f"error: {message}")
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=LARGEST_NUMBER):
     """A type for argparse: an int or a float from low to high, both included; NaN is refused."""
-    limits = f"at least {low}" if high == math.inf else f"in {low} to {high}"
+    limits = f"at least {low}" if high == LARGEST_NUMBER else f"in {low} to {high}"
 
     def convert(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not {limits}")
         return value
 
     # argparse names the type when the text is not a number at all
@@ -52,22 +69,59 @@ def number(kind, low, high=math.inf):
     return convert
 
 
-@contextlib.contextmanager
-def errors_in_one_line(parser, advice="", bad_path=BAD_PATH):
-    """End the command in one line and with the right exit code when the block fails.
+def filled(text):
+    """A type for argparse: a text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
-    A user's mistake and a path that cannot be used give 2, another system error gives 1, and
-    Ctrl-C gives 130; the last two are followed by advice. Any other exception is a bug of ours
-    and keeps its traceback."""
-    try:
-        yield
-    except UserError as error:
-        parser.error(str(error))
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        message = f"{place}{error.strerror or error}"
-        if isinstance(error, bad_path):
-            parser.error(message)
-        parser.exit(1, f"{parser.prog}: error: {message}. {advice}".rstrip() + "\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"stopped. {advice}".rstrip() + "\n")
+
+# ---- the frame around every main() -------------------------------------------------------------
+
+def command(main):
+    """Decorate a main() so that it ends in one line, with the right exit code.
+
+    2 for a user's mistake and for a path that cannot be used, 1 for a Failure and for another
+    error of the system, 130 for Ctrl-C. If the reader of the output has gone, it ends without a
+    word. Any other exception is a bug of ours and keeps its traceback."""
+    @functools.wraps(main)
+    def framed():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see plumbing/__init__.py
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal may not know all letters.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                main()
+            finally:
+                sys.stdout.flush()
+        except UserError as error:
+            leave(2, f"error: {error}")
+        except Failure as error:
+            leave(1, str(error))
+        except BrokenPipeError:
+            # So that Python's own flush at the end has somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        except OSError as error:
+            leave(2 if error.errno in BAD_PATH else 1, f"error: {in_words(error)}")
+        except KeyboardInterrupt:
+            leave(128 + signal.SIGINT, "stopped")
+    return framed
+
+
+def in_words(error):
+    """What an OSError is about: where, what, and advice."""
+    place = f"{error.filename}: " if error.filename else ""
+    advice = (BAD_PATH | NO_ROOM).get(error.errno)
+    return f"{place}{error.strerror or error}" + (f": {advice}" if advice else "")
+
+
+def leave(code, message):
+    """End the process with an exit code and one line. All processes of torchrun make the same
+    mistake, and the first speaks for them."""
+    rank = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""
+    if code != 2 or rank in ("", "0"):
+        line = " ".join(f"{Path(sys.argv[0]).name}: {message}".splitlines())
+        print(line, file=sys.stderr)
+    sys.exit(code)

@@ -11,6 +11,7 @@ from collections import Counter
 
 import numpy as np
 
+from plumbing.commands import UserError
 from plumbing.logs import layer_series, series
 from plumbing.phases import CURVES
 from plumbing.statistics import in_words, mean_and_spread
@@ -23,7 +24,8 @@ FEWSHOT = {"fewshot_before": "meta head before", "fewshot_after": "meta head aft
 STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
 # These settings do not make a configuration.
 NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device",
-                       "device_name", "versions", "head_parameters", "unigram", "bigram"}
+                       "device_name", "head_parameters", "tokenizer_sha256", "unigram",
+                       "bigram"}
 # Losses at which the costs of two groups are compared.
 LEVELS = 6
 
@@ -96,15 +98,17 @@ def final_figures(logs, loss):
             figures[key] = ends | {"untrained": untrained}
     for name, path in CURVES.items():
         curves = [layer_series(lines, *path)[1] for lines in logs]
-        if all(map(len, curves)):
+        if all(map(len, curves)) and len({curve.shape[1] for curve in curves}) == 1:
             figures[name] = mean_and_spread([curve[-1] for curve in curves])
     return figures
 
 
 def ratios(first, second, loss):
     """{"levels": losses, and for each cost {"mean", "sd"} by level}: how many times less of each
-    cost the logs `second` need than the logs `first` to reach each loss."""
+    cost the logs `second` need than the logs `first` to reach each loss. Raises UserError."""
     losses = [series(lines, loss)[1] for lines in first + second]
+    if not all(map(len, losses)):
+        raise UserError(f"a run cannot be compared: its log has no {loss}")
     # The levels begin where all runs have been evaluated twice. Before that, a line between two
     # points would be fiction. They end at the last common loss.
     end = max(curve.min() for curve in losses)
@@ -127,14 +131,16 @@ def papers_reading(first, second):
     if not all(map(len, losses)):
         return {}
     level = max(loss.min() for loss in losses)
-    ratio = sooner_by(first_curves, second_curves, [level])
-    return {"papers_reading": {"level": float(level)} | ratio}
+    found = sooner_by(first_curves, second_curves, [level])
+    return {"papers_reading": {"level": float(level)} | found}
 
 
 def mixed_loss(lines):
     """(updates, loss): the training loss of updates of both kinds, as the paper reads it, mean of
     the last 50."""
     steps, loss = series(lines, "loss")
+    if not len(loss):
+        return steps, loss
     width = min(50, max(1, len(loss) // 4))
     return steps[width - 1:], np.convolve(loss, np.ones(width) / width, mode="valid")
 
@@ -151,8 +157,14 @@ def sooner_by(first, second, levels):
         pairs = list(itertools.product(first, second))
     found = []
     for one, other in pairs:
-        found.append([first_reach(*one, level) / first_reach(*other, level) for level in levels])
+        found.append([ratio(first_reach(*one, level), first_reach(*other, level))
+                      for level in levels])
     return mean_and_spread(found)
+
+
+def ratio(one, other):
+    """one / other; NaN where a level was reached before anything was spent."""
+    return one / other if other else math.nan
 
 
 def first_reach(costs, losses, level):

@@ -1,11 +1,16 @@
-"""Files that survive: whole or not at all, and one process at a time in a folder.
+"""One door in and one door out for every file that a user names or that a job may leave half done.
 
-A process may be killed at any instruction and a disk may be full. So a file is written under a
-temporary name, flushed to the disk and then renamed, and a rename is atomic.
+In: regular files only, of bounded size, and JSON that holds what is used of it. Out: whole or not
+at all, and one process at a time in a folder. A process may be killed at any instruction and a
+disk may be full. So a file is written under a temporary name, flushed to the disk and renamed,
+and a rename is atomic.
 """
 import contextlib
 import errno
+import json
 import os
+import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -13,23 +18,85 @@ from plumbing.commands import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows has none: runs are not locked there
+except ImportError:  # Windows has none: folders are not locked there
     fcntl = None
 
-TEMPORARY = ".tmp"
+# Ends the names of temporary files and folders. Nothing without it is ever cleaned up.
+MARK = ".nanomaml-tmp"
+LOCK = ".lock"
+# In bytes. The default run logs 1 MB, and a large grid of taggers takes 100 MB.
+LARGEST_FILE = 2_000_000_000
+# Whole numbers in JSON, in digits. All that are logged can be made floats.
+LONGEST_NUMBER = 30
 
+
+# ---- in ----------------------------------------------------------------------------------------
+
+def open_regular(path):
+    """A file, open to be read as bytes. Raises UserError if it is a pipe or a device, which may
+    never end, and OSError if it cannot be read."""
+    file = open(path, "rb", opener=open_at_once)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} is not a regular file")
+    return file
+
+
+def open_at_once(path, flags):
+    """os.open, without waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def read_file(path, most=LARGEST_FILE):
+    """The bytes of a file. Raises UserError if there are more than `most`, and as open_regular
+    does."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path} is larger than {most:,} bytes")
+    return content
+
+
+def parse_json(content, place, kinds=None):
+    """The value of JSON text, str or bytes. With kinds, {key: type or types}, it must be an object
+    in which these keys have these types. Raises UserError, which begins with place."""
+    try:
+        value = json.loads(content, parse_int=whole_number)
+    except (ValueError, RecursionError):
+        raise UserError(f"{place} is not valid JSON") from None
+    if kinds is None:
+        return value
+    if not isinstance(value, dict):
+        raise UserError(f"{place} is not a JSON object")
+    for key, kind in kinds.items():
+        if not isinstance(value.get(key), kind):
+            raise UserError(f"{place} has no {key!r} of the right type")
+    return value
+
+
+def whole_number(digits):
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError
+    return int(digits)
+
+
+# ---- out ---------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def replacing(path):
-    """A binary file to write, which takes the place of `path` when the block ends.
+def replacing(path, keep=None):
+    """A binary file to write, which takes the place of `path` when the block ends. What was there
+    gets the name `keep`, if that is given.
 
     If the block fails, `path` stays as it was. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    path = Path(path)
+    temporary = path.with_name(f"{path.name[:40]}.{os.getpid()}{MARK}")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(keep)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -37,28 +104,136 @@ def replacing(path):
 
 def write_atomically(path, content):
     """Write text or bytes. At every instant the path holds the old or the new content whole."""
-    with replacing(Path(path)) as file:
+    with replacing(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode())
 
 
-def lock_folder(folder):
+def open_to_append(path):
+    return open(path, "ab", buffering=0)
+
+
+def append(file, content):
+    """Write bytes to the end of a file. A full disk may take a part of them, and then fails."""
+    while content:
+        content = content[file.write(content):]
+
+
+# ---- one process at a time ---------------------------------------------------------------------
+
+def lock_folder(folder, advice="choose another folder", doing="writing to", wait=False):
     """Keep other processes from writing to a folder; returns the open file that holds the lock.
 
     The system lets go of the lock when the process ends, however it ends. What a killed process
-    left half written is then removed. Raises UserError if another process holds the lock."""
-    file = open(Path(folder) / ".lock", "a")
+    left half written is then removed. If another process holds the lock, wait for it, or raise
+    UserError with the advice."""
+    path = Path(folder) / LOCK
+    busy = UserError(f"another process is {doing} {folder}: wait for it, or {advice}")
+    file = open(path, "ab", opener=open_at_once)
+    try:
+        if not has_lock(file, folder):
+            if not wait:
+                raise busy
+            print(f"waiting for another process that writes {folder}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # The process that had the lock may have moved or removed the folder.
+        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+            raise busy
+        for torn in Path(folder).glob(f"*{MARK}"):
+            remove(torn)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+@contextlib.contextmanager
+def locked(folder, advice, doing="writing to"):
+    """Make a folder, if need be, and lock it for the block. If nothing is written there, it is
+    as before in the end. Raises UserError with the advice."""
+    folder = Path(folder)
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder, advice, doing)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): {advice}") from None
+    with lock:
+        try:
+            yield
+        finally:
+            if not holds_files(folder):
+                (folder / LOCK).unlink(missing_ok=True)
+                if is_new:
+                    folder.rmdir()
+
+
+def has_lock(file, folder):
+    """Whether this process has the lock now."""
     if fcntl is None:
-        return file
+        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            print(f"note: {folder} lies on a file system without locks: "
-                  "do not train there twice at once", file=sys.stderr)
-            return file
-        file.close()
-        raise UserError(f"another process is training in {folder}: "
-                        "wait for it, or choose another --name") from None
-    for torn in Path(folder).glob(f"*.*{TEMPORARY}"):
-        torn.unlink(missing_ok=True)
-    return file
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            return False
+        print(f"note: {folder} lies on a file system without locks: do not write there twice at "
+              "once", file=sys.stderr)
+    return True
+
+
+def remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def holds_files(folder):
+    """Whether there is anything in a folder but what a killed process may have left."""
+    return any(path.name != LOCK and not path.name.endswith(MARK) for path in folder.iterdir())
+
+
+def is_free(folder):
+    """Whether a folder can be made here, or is there and empty."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+@contextlib.contextmanager
+def new_folder(folder, wait=False):
+    """A temporary folder to write in, which takes the name `folder` when the block ends. If the
+    block fails, it is removed.
+
+    Raises UserError if the folder is there, or if another process is making it. With `wait`, it
+    waits for that process, and gives None once the folder is there."""
+    folder = Path(folder).resolve()
+    taken = UserError(f"{folder} is there already: choose another folder")
+    if not is_free(folder):
+        raise taken
+    temporary = folder.with_name(folder.name + MARK)
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = lock_folder(temporary, wait=wait)
+    except (UserError, FileNotFoundError):
+        if not wait or is_free(folder):
+            raise
+        yield None
+        return
+    with lock:
+        if not is_free(folder):  # made since the first look
+            shutil.rmtree(temporary)
+            if not wait:
+                raise taken
+            yield None
+            return
+        for torn in temporary.iterdir():
+            if torn.name != LOCK:
+                remove(torn)
+        try:
+            yield temporary
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
+            (folder / LOCK).unlink()
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

@@ -1,27 +1,21 @@
 """A model as a folder that Hugging Face's transformers can load without any code of ours."""
 import json
 import struct
-import tempfile
-from pathlib import Path
 
-from plumbing.files import replacing, write_atomically
+from plumbing.files import new_folder, replacing, write_atomically
 from plumbing.tokenizer import END, MASK, PATTERN
 
 
 def export(decoder, encoding, folder):
-    """Write a new folder for LlamaForCausalLM and PreTrainedTokenizerFast. Raises OSError."""
+    """Write a new folder for LlamaForCausalLM and PreTrainedTokenizerFast. Raises OSError, and
+    UserError if the folder is there."""
     texts = {"config.json": model_config(decoder.config, encoding.encode_single_token(END)),
              "tokenizer.json": tokenizer_json(encoding),
              "tokenizer_config.json": tokenizer_config(decoder.config)}
-    # Everything is written to a temporary folder, which is renamed when it is whole.
-    with tempfile.TemporaryDirectory(dir=folder.resolve().parent,
-                                     ignore_cleanup_errors=True) as temporary:
-        temporary = Path(temporary)
+    with new_folder(folder) as temporary:
         write_safetensors(temporary / "model.safetensors", decoder.state_dict())
         for name, content in texts.items():
             write_atomically(temporary / name, json.dumps(content, ensure_ascii=False, indent=1))
-        temporary.chmod(0o755)
-        temporary.rename(folder)
 
 
 def model_config(config, end):

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from plumbing.commands import UserError
+from plumbing.files import open_regular
 from plumbing.logs import read_settings
 
 PAGE = Path(__file__).with_name("live.html")
@@ -53,7 +54,7 @@ def describe(folder):
     settings = read_settings(folder)
     description = {"name": settings["name"][:40], "size": settings["size"][:20],
                    "kind": "meta" if settings.get("meta") else "vanilla",
-                   "text": str(settings.get("corpus_sha256"))[:64]}
+                   "text": settings.get("corpus_sha256")}
     for name in ("steps", "seed", "vocab_size", "n_way", "inner_steps", "unigram", "bigram"):
         value = settings.get(name)
         usable = isinstance(value, (int, float)) and abs(value) < 1e15  # NaN is not
@@ -66,11 +67,9 @@ def describe(folder):
 def open_log(path):
     """The log of a run, open to read; an empty one if there is none yet, or none any more."""
     try:
-        if path.is_file():  # and not a pipe, which might never end
-            return open(path, "rb")
-    except OSError:
-        pass
-    return io.BytesIO()
+        return open_regular(path)
+    except (UserError, OSError):
+        return io.BytesIO()
 
 
 def new_lines(path, start, mark):
@@ -168,7 +167,7 @@ class Server(ThreadingHTTPServer):
         for number, folder in enumerate(self.folders):
             try:
                 self.descriptions[number] = describe(folder)
-            except UserError:
+            except (UserError, OSError):
                 pass
         return self.descriptions
 

@@ -1,26 +1,49 @@
 """Reading what a run has written: config.json and metrics.jsonl."""
-import json
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.commands import UserError
+from plumbing.commands import LARGEST_NUMBER, UserError
+from plumbing.files import parse_json, read_file
+
+LARGEST_SETTINGS = 1_000_000  # bytes
+# What is read of config.json. All but size and vocab_size may be missing.
+SETTINGS = {"size": str, "vocab_size": int, "steps": int | None, "seed": int | None,
+            "name": str | None, "meta": bool | None, "hybrid_ratio": float | int | None,
+            "meta_start": float | int | None, "tokenizer": str | None,
+            "corpus_sha256": str | None, "tokenizer_sha256": str | None}
+LONGEST_NAME = 255
+# What a line of the log must hold, by its kind. Other values are numbers, or null where a figure
+# was not finite, but for the OBJECTS.
+FIGURES = {None: (), "lm": ("loss",), "meta": ("loss", "query_accuracy", "chance")}
+OBJECTS = {"effective_rank", "proportional_effective_rank", "head_entropy"}
+# No figure is larger, and sums of such numbers stay finite.
+LARGEST_FIGURE = 1e30
+# No decoder has more. A damaged log must not keep the search for phases busy for hours.
+MOST_LAYERS = 1000
 
 
 def read_settings(folder):
-    """The config.json of a run, a dict. Raises UserError if the folder holds no run."""
+    """The config.json of a run, a dict of plain values. Raises UserError if the folder holds no
+    run."""
     folder = Path(folder)
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        settings |= {"size": str(settings["size"]),
-                     "vocab_size": int(settings["vocab_size"]),
-                     "name": str(settings.get("name", folder.name)),
-                     "steps": int(settings.get("steps", 0)),
-                     "seed": int(settings.get("seed", 0))}
-        return settings
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        raise UserError(f"{folder} is not a run: it has no readable config.json "
-                        "(train.py makes runs)") from None
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a run: it has no config.json (train.py makes runs)")
+    content = read_file(path, LARGEST_SETTINGS)
+    settings = parse_json(content, f"{folder} is not a run: its config.json", SETTINGS)
+    settings = {key: value for key, value in settings.items() if not isinstance(value, dict | list)}
+    settings |= {"steps": settings.get("steps") or 0, "seed": settings.get("seed") or 0,
+                 "name": printable(settings.get("name") or folder.resolve().name)}
+    for key in ("vocab_size", "steps", "seed"):
+        if not 0 <= settings[key] <= LARGEST_NUMBER:
+            raise UserError(f"{folder} is not a run: the {key} in its config.json is no count")
+    return settings
+
+
+def printable(name):
+    """A name that terminals and pictures can show."""
+    return (name if name.isprintable() else ascii(name)[1:-1])[:LONGEST_NAME]
 
 
 def read_metrics(path):
@@ -29,17 +52,31 @@ def read_metrics(path):
     path, lines, unreadable = Path(path), [], 0
     if not path.exists():
         return [], []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in read_file(path).splitlines():
         try:
-            line = json.loads(text)
-            line["step"] = int(line["step"])
+            line = parse_json(text, path, {"step": int, "kind": str | None})
+        except UserError:
+            line = None
+        if line and is_log_line(line):
             lines.append(line)
-        except (ValueError, KeyError, TypeError, OverflowError):
+        else:
             unreadable += 1
     if not unreadable:
         return lines, []
     plural = "s" if unreadable > 1 else ""
     return lines, [f"{path}: {unreadable} unreadable line{plural} left out"]
+
+
+def is_log_line(line):
+    """Whether an object, which has a step, holds what a line of the log must hold."""
+    kind = line.get("kind")
+    if line["step"] < 0 or kind not in FIGURES or any(key not in line for key in FIGURES[kind]):
+        return False
+    for key, value in line.items():
+        is_number = isinstance(value, int | float) and not abs(value) > LARGEST_FIGURE
+        if not (is_number or value is None or key in OBJECTS or key == "kind"):
+            return False
+    return True
 
 
 def read_run(folder):
@@ -48,7 +85,8 @@ def read_run(folder):
     folder = Path(folder)
     settings = read_settings(folder)
     lines, notes = read_metrics(folder / "metrics.jsonl")
-    if not any("val_loss" in line for line in lines):
+    evaluations, _ = series(lines, "val_loss")
+    if not len(evaluations):
         raise UserError(f"{folder} has no evaluation in its log yet")
     last = lines[-1]["step"]
     if last < settings["steps"]:
@@ -62,6 +100,8 @@ def layer_series(lines, *path):
     steps, values = series(lines, *path)
     if values.ndim == 3:
         values = values.mean(axis=2)
+    if values.ndim != 2 or values.shape[1] > MOST_LAYERS:
+        return np.zeros(0), np.zeros((0, 0))
     return steps, values
 
 
@@ -77,9 +117,10 @@ def series(lines, *path, x="step"):
             value = value.get(key) if isinstance(value, dict) else None
         try:
             value = np.array(value, dtype=float)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RecursionError):
             continue
-        usable = value.size and np.isfinite(value).all()
+        usable = (value.size and (np.abs(value) < LARGEST_FIGURE).all()
+                  and line.get(x) is not None)
         if usable and (not values or value.shape == values[0].shape):
             xs.append(line[x])
             values.append(value)

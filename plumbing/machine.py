@@ -24,9 +24,11 @@ def pick_device(name=None):
         best = "cpu"
     try:
         device = torch.device(name or best)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("not cuda, mps or cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:80]
+        reason = str(error).partition("\n")[0][:80]
         raise UserError(f"the device {name} cannot be used ({reason}): "
                         f"try --device {best}") from None
     return device

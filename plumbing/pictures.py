@@ -1,6 +1,7 @@
 """The pictures: one run's dynamics, several runs at equal cost, and a tagger's F1."""
 import io
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot: no window, no global state
 from matplotlib.ticker import EngFormatter, LogLocator
@@ -12,6 +13,8 @@ from plumbing.logs import layer_series, series
 # Okabe & Ito's colours, which colour-blind eyes can tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = COLOURS = [
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+# A run's name may hold dollar signs.
+matplotlib.rcParams["text.parse_math"] = False
 
 
 # ---- parts -------------------------------------------------------------------------------------

@@ -1,23 +1,23 @@
 """Text -> a tokenizer and two token files, made once and kept in a cache.
 
 A prepared folder holds `tokenizer.tiktoken`, the uint16 token files `train.bin` and `val.bin`, and
-`info.json` with its counts and SHA-256. In the cache its name is a hash of what it was made from.
+`info.json` with its counts and the SHA-256 of each file. In the cache its name is a hash of what
+it was made from.
 """
 import hashlib
 import importlib.util
 import json
 import os
 import platform
-import shutil
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.commands import UserError
-from plumbing.files import TEMPORARY
+from plumbing.commands import BAD_PATH, UserError
+from plumbing.files import (new_folder, open_regular, parse_json, read_file, replacing,
+                            write_atomically)
 from plumbing.text import (PACKAGES, digest, documents, installed_docs, is_validation, read_ids,
                            text_files, token_files)
 from plumbing.tokenizer import (END, FILE, bpe_encoding, count_pretokens, gpt2_encoding,
@@ -33,17 +33,25 @@ LARGEST_GPT2_ID = 50_256
 BLOCK = 2 ** 22
 # Documents that are tokenized at a time, with all cores.
 DOCUMENTS_AT_ONCE = 256
+INFO = "info.json"
+FILES = (FILE, "train.bin", "val.bin")
+LARGEST_INFO = 1_000_000  # bytes
+# Files beyond this many bytes are not checked at every start.
+LARGE = 100_000_000
 
 
 def cache_root(cache=None):
-    """The folder for everything that can be made or fetched again."""
+    """The folder for everything that can be made or fetched again. Raises UserError."""
     if cache:
         return Path(cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanomaml"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanomaml"
+    except RuntimeError:
+        raise UserError("there is no home folder for the cache: name one with --cache") from None
 
 
 def is_prepared(folder):
-    return (folder / "info.json").exists() and (folder / FILE).exists()
+    return (folder / INFO).exists() and (folder / FILE).exists()
 
 
 def find_source(paths, tokenizer, vocab_size):
@@ -81,40 +89,42 @@ def prepared_folder(data, tokenizer, vocab_size, cache, quiet):
     source, tokenizer = find_source([data] if data else [], tokenizer, vocab_size)
     key = json.dumps([FORMAT, tokenizer, vocab_size, made_from(source)])
     folder = cache_root(cache) / digest(key).hex()[:16]
-    if not (folder / "info.json").exists():
-        prepare(folder, source, tokenizer, vocab_size, quiet, str(data) if data else None)
+    if not folder.exists():
+        name = str(data) if data else None
+        prepare(folder, source, tokenizer, vocab_size, quiet, name, wait=True)
     return folder
 
 
-def prepare(folder, source, tokenizer, vocab_size, quiet, name=None):
-    """Prepare a source, as find_source gives it, in `folder`. Raises UserError.
-
-    Everything is written to a temporary folder beside it, which is then renamed."""
-    folder = folder.resolve()
-    temporary = None
+def prepare(folder, source, tokenizer, vocab_size, quiet, name=None, wait=False):
+    """Prepare a source, as find_source gives it, in the new folder `folder`; with `wait`, another
+    process may make the same one. Raises UserError."""
     if isinstance(source, dict):
         for ids in source["train"] + source["val"]:
             read_ids(ids)  # headers and sizes first, before anything is fetched or copied
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=TEMPORARY,
-                                          dir=folder.parent))
-        info = write_prepared(temporary, source, tokenizer, vocab_size, quiet)
-        info["source"] = name or "documentation of Python and " + ", ".join(PACKAGES)
-        (temporary / "info.json").write_text(json.dumps(info))
-        temporary.chmod(0o755)  # mkdtemp makes folders for their owner alone
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process may just have done the same work.
-            if not (folder / "info.json").exists():
-                raise
+        with new_folder(folder, wait) as temporary:
+            if temporary:
+                info = write_prepared(temporary, source, tokenizer, vocab_size, quiet)
+                info["source"] = name or "documentation of Python and " + ", ".join(PACKAGES)
+                info["files"] = {part: checked(temporary / part) for part in FILES}
+                write_atomically(temporary / INFO, json.dumps(info))
     except OSError as error:
+        if error.errno not in BAD_PATH:
+            raise
         raise UserError(f"cannot write to {folder.parent}: {error.strerror} "
                         "(--cache DIR takes another folder)") from None
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def checked(path):
+    """The SHA-256 of a file and the time of its last change, by which open_prepared knows it."""
+    sha = hashlib.sha256()
+    with open_regular(path) as file, tqdm(
+            total=path.stat().st_size, desc=f"checking {path.name}", unit="B", unit_scale=True,
+            disable=True if path.stat().st_size <= LARGE else None) as bar:
+        while block := file.read(BLOCK):
+            sha.update(block)
+            bar.update(len(block))
+    return {"sha256": sha.hexdigest(), "mtime_ns": path.stat().st_mtime_ns}
 
 
 def write_prepared(folder, source, tokenizer, vocab_size, quiet):
@@ -159,7 +169,7 @@ def write_tokens(folder, stream, encoding):
     end = encoding.encode_single_token(END)
     info = {"documents": 0, "bytes": 0, "tokens": [0, 0]}
     sha = hashlib.sha256()
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         for batch in batched(stream, DOCUMENTS_AT_ONCE):
             texts = [text for _, text in batch]
             encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
@@ -184,7 +194,7 @@ def copy_ids(folder, shards, quiet):
     files = [("train", file) for file in shards["train"]]
     files += [("val", file) for file in shards["val"]]
     total = sum(file.stat().st_size for _, file in files)
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, \
+    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val, \
             tqdm(total=total, desc="copying", unit="B", unit_scale=True,
                  disable=True if quiet else None) as bar:
         outputs = {"train": train, "val": val}
@@ -216,32 +226,53 @@ def check_gpt2_ids(block, file, start):
                         f"number {start}: other ids, or 32 bits each")
 
 
-def open_prepared(folder, vocab_size):
+def open_prepared(folder, vocab_size, check_all=False):
     """(info, encoding, train, val) of a prepared folder; train and val are uint16 memory maps.
-    Raises UserError if its files are not what its info.json says."""
-    parts = [folder / "train.bin", folder / "val.bin"]
-    try:
-        info = json.loads((folder / "info.json").read_text())
-        sizes = [2 * count for count in info["tokens"]]
-        whole = sizes == [path.stat().st_size for path in parts] and len(info["sha256"]) == 64
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"the prepared text in {folder} is not whole: prepare it again (remove "
-                        "it if it lies in the cache, and it is made again)")
+    Raises UserError if its files are not what its info.json says.
+
+    A large file is read through only if it has changed since it was written, or with check_all."""
+    path = folder / INFO
+    damaged = UserError(f"the prepared text in {folder} is not whole: prepare it again (remove it "
+                        "if it lies in the cache, and it is made again)")
+    if not all((folder / name).exists() for name in (INFO, *FILES)):
+        raise damaged
+    info = parse_json(read_file(path, LARGEST_INFO), path, {"tokens": list, "sha256": str})
+    files = info.get("files")  # folders of earlier versions have none
+    train, val = map_tokens(folder / "train.bin"), map_tokens(folder / "val.bin")
+    if info["tokens"] != [len(train), len(val)] or len(info["sha256"]) != 64:
+        raise damaged
+    if files is not None and not is_intact(folder, files, check_all):
+        raise damaged
     encoding = load_encoding(folder)
     if encoding.n_vocab > vocab_size:
         raise UserError(f"{folder} was prepared with {encoding.n_vocab} tokens: --vocab-size "
                         f"{vocab_size} is too small; give at least that many, or prepare the "
                         "text again (python data.py PATH --out FOLDER --vocab-size N)")
-    train, val = [map_tokens(path) for path in parts]
+    if files is None:
+        check_ids(folder, encoding, train, val)
     return info, encoding, train, val
 
 
+def is_intact(folder, files, check_all):
+    """Whether the files in a folder are those that `checked` has seen."""
+    for name in FILES:
+        stat = (folder / name).stat()
+        record = files.get(name) if isinstance(files, dict) else None
+        if not isinstance(record, dict):
+            return False
+        changed = stat.st_mtime_ns != record.get("mtime_ns")
+        if check_all or changed or stat.st_size <= LARGE:
+            if checked(folder / name)["sha256"] != record.get("sha256"):
+                return False
+    return True
+
+
 def map_tokens(path):
-    if path.stat().st_size == 0:  # which cannot be mapped
-        return np.zeros(0, dtype=np.uint16)
-    return np.memmap(path, dtype=np.uint16, mode="r")
+    """The uint16 ids (n,) in a file, as a memory map."""
+    with open_regular(path) as file:
+        if path.stat().st_size == 0:  # which cannot be mapped
+            return np.zeros(0, dtype=np.uint16)
+        return np.memmap(file, dtype=np.uint16, mode="r")
 
 
 def blocks(tokens):

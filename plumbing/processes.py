@@ -5,17 +5,30 @@ all processes, so that any number of processes computes the same update.
 """
 import contextlib
 import os
+import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from plumbing.commands import UserError
+from plumbing.commands import Failure, UserError
 from plumbing.machine import pick_device
 
-RANK = int(os.environ.get("RANK", 0))              # number of this process
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
-COUNT = int(os.environ.get("WORLD_SIZE", 1))       # of processes, on all machines
+
+
+def from_environment(name, default, below=2 ** 31):
+    """A whole number in an environment variable. Ends the process if it is something else."""
+    text = os.environ.get(name, default)
+    if not (text.isdecimal() and int(text) < below):
+        print(f"error: the environment variable {name} is {text[:40]!r}, no number that torchrun "
+              f"sets: unset it (unset {name})", file=sys.stderr)
+        sys.exit(2)
+    return int(text)
+
+
+COUNT = max(1, from_environment("WORLD_SIZE", "1"))     # of processes, on all machines
+RANK = from_environment("RANK", "0", COUNT)             # number of this process
+LOCAL_RANK = from_environment("LOCAL_RANK", "0", COUNT)  # its number on this machine
 
 
 def is_first():
@@ -42,9 +55,20 @@ def start(device_name):
     return device
 
 
-def leave():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def left_in_the_end():
+    """Leave the other processes when the block ends, however it ends."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_first():
+            raise
+        # Most often because another process has ended, which prints its own message.
+        reason = str(error).partition("\n")[0][:80]
+        raise Failure(f"process {RANK} stopped: {reason}") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

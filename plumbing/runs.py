@@ -4,6 +4,8 @@
     metrics.jsonl  the log, a JSON object a line
     ckpt.pt        the newest checkpoint; ckpt-previous.pt is the one before
 """
+import contextlib
+import itertools
 import json
 import math
 import signal
@@ -16,97 +18,69 @@ from tqdm import tqdm
 
 from plumbing import processes, tokenizer
 from plumbing.checkpoints import load_checkpoint, save_checkpoint
-from plumbing.commands import UserError
-from plumbing.files import TEMPORARY, lock_folder, write_atomically
+from plumbing.commands import Failure, UserError, in_words
+from plumbing.files import (append, holds_files, locked, open_to_append, read_file,
+                            write_atomically)
 from plumbing.logs import read_metrics, read_settings
 from plumbing.summary import status
 
-# These flags may differ when a run is resumed.
-FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps"}
+# These flags may differ when a run is resumed. The tokenizer is known once the text is, whose
+# SHA-256 must be the same.
+FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps", "tokenizer"}
 # Updates between two looks at the losses. On a GPU a look waits for the device.
 FLUSH_EVERY = 10
 # After this many updates in a row whose loss or gradient is not finite, a run is given up.
 PATIENCE = 10
 # The status line is made of the last lines of the log.
 STATUS_LINES = 1000
+LOG = "metrics.jsonl"
 
 
-class Diverged(Exception):
+class Diverged(Failure):
     """Training cannot go on. The message says what to try."""
 
 
 # ---- opening -----------------------------------------------------------------------------------
 
-def open_run(args, settings, prepared_text):
-    """The Run of these flags (argparse's namespace) and settings (the future config.json): a new
-    one, or one that goes on from its last checkpoint. prepared_text is the folder of its
-    tokenizer. Raises UserError if the run's folder cannot be used."""
+@contextlib.contextmanager
+def open_run(args):
+    """The Run of these flags (argparse's namespace): a new one, or one that has a checkpoint to
+    go on from. Nothing is written before Run.begin. Raises UserError if the run's folder cannot
+    be used."""
     folder = Path(args.runs) / args.name
-    config = folder / "config.json"
-    if folder.exists() and not config.exists() and holds_files(folder):
+    is_new = not (folder / "config.json").exists()
+    if is_new and folder.is_dir() and holds_files(folder):
         raise UserError(f"{folder} holds files but no run: choose another --name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder) if processes.is_first() else None
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): "
-                        "choose another --runs") from None
-    checkpoint = None
-    if config.exists():
-        check_settings(folder, args, settings)
-        checkpoint = find_checkpoint(folder, args)
-    step = checkpoint["step"] if checkpoint else 0
-    if not processes.all_agree((settings["corpus_sha256"], step)):
-        raise UserError("the processes have different texts or checkpoints: put "
-                        f"--runs {args.runs} and --data where all machines see them")
-    return Run(folder, settings, checkpoint, lock, prepared_text)
+    if not is_new:
+        check_flags(folder, args)
+    lock = contextlib.nullcontext()
+    if processes.is_first():
+        lock = locked(folder, "choose another --name or --runs", doing="training in")
+    with lock, contextlib.closing(Run(folder, args)) as run:
+        if not is_new:
+            run.find_checkpoint()
+        try:
+            yield run
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if run.log_file is None:  # nothing was written yet
+                raise
+            raise Failure(f"error: {in_words(error)}. What was saved before is whole; --resume "
+                          "continues it.") from error
 
 
-def holds_files(folder):
-    """Whether a folder holds anything but what a run killed while starting leaves."""
-    return any(path.name != ".lock" and path.suffix != TEMPORARY for path in folder.iterdir())
-
-
-def check_settings(folder, args, settings):
-    """Raise UserError unless the run in the folder was made with the same flags and text."""
-    try:
-        old = read_settings(folder)
-    except UserError:
-        raise UserError(f"{folder / 'config.json'} cannot be read: "
-                        "choose another --name") from None
+def check_flags(folder, args):
+    """Raise UserError unless the run in the folder was made with the same flags."""
+    old = read_settings(folder)
     changes = []
-    for flag in vars(args):
-        if flag not in FREE_FLAGS and old.get(flag) != settings[flag]:
+    for flag, value in vars(args).items():
+        if flag not in FREE_FLAGS and old.get(flag) != value:
             name = "--" + flag.replace("_", "-")
-            changes.append(f"{name} {old.get(flag)} there, {settings[flag]} now")
+            changes.append(f"{name} {str(old.get(flag))[:40]} there, {value} now")
     if changes:
         raise UserError(f"{folder} holds another configuration ({', '.join(changes)}): give the "
                         "flags it was made with, or choose another --name")
-    if old.get("corpus_sha256") != settings["corpus_sha256"]:
-        raise UserError(f"{folder} was trained on another text (its SHA-256 differs): "
-                        "choose another --name")
-
-
-def find_checkpoint(folder, args):
-    """The checkpoint to go on from; None if the run was stopped before its first. Ends the
-    process if the run is finished. Raises UserError."""
-    if not any(folder.glob("ckpt*.pt")):
-        lines, _ = read_metrics(folder / "metrics.jsonl")
-        if any("kind" in line for line in lines):
-            raise UserError(f"the checkpoints of {folder} are gone, and it cannot be continued: "
-                            "choose another --name")
-        return None
-    checkpoint = load_checkpoint(folder)
-    step = checkpoint["step"]
-    if step >= args.steps:
-        if processes.is_first():
-            print(f"{folder} is finished ({step} updates). Look: python probe.py {folder}; "
-                  "go on: --resume with more --steps; start over: --name NAME")
-        sys.exit(0)
-    if not args.resume:
-        raise UserError(f"{folder} has stopped at update {step} of {args.steps}: "
-                        "add --resume to continue, or choose another --name")
-    return checkpoint
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -121,62 +95,116 @@ class Run:
     lines     the lines of the log, a list of dicts
     """
 
-    def __init__(self, folder, settings, checkpoint, lock, prepared_text):
-        self.folder, self.settings = folder, settings
-        self.checkpoint, self.lock = checkpoint, lock
-        spent = checkpoint["spent"] if checkpoint else {}
-        self.step = spent.get("step", 0)
-        self.lm_steps = spent.get("lm_steps", 0)
-        self.tokens = spent.get("tokens", 0)
-        self.flops = spent.get("flops", 0)
-        self.seconds = spent.get("seconds", 0.0)
-        self.skipped = spent.get("skipped", 0)
+    def __init__(self, folder, args):
+        self.folder, self.args = folder, args
+        self.step = self.lm_steps = self.tokens = self.flops = self.skipped = 0
+        self.seconds = 0.0
         self.skipped_in_a_row = 0
-        self.lines = []
-        self.waiting = []     # log lines of updates that hold tensors still
-        self.started = None   # the clock: when the first of these began
-        self.log_file = None
-        self.tokenizer_file = prepared_text / tokenizer.FILE
-        hidden = settings["quiet"] or not processes.is_first()
-        self.bar = tqdm(total=settings["steps"], initial=self.step, desc=settings["name"],
-                        unit="step", disable=True if hidden else None)
+        self.lines, self.notes = [], []
+        self.waiting = []        # log lines of updates that hold tensors still
+        self.started = None      # the clock: when the first of these began
+        self.checkpoint = None   # until `begin` has loaded it
+        self.log_file = None     # once `begin` has opened it
+        self.bar = tqdm(disable=True)
         self.stop_signal = None
-        self.old_handlers = {number: signal.signal(number, self.note_signal)
-                             for number in (signal.SIGINT, signal.SIGTERM)}
+        self.old_handlers = {}
 
     def close(self):
         """Let go of the folder, so that a notebook can train in it again."""
         self.bar.close()
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
-        for file in (self.log_file, self.lock):
-            if file:
-                file.close()
+        if self.log_file:
+            self.log_file.close()
 
-    def open_log(self):
-        """Open metrics.jsonl to append, without a torn last line and without what came after the
-        checkpoint."""
-        path = self.folder / "metrics.jsonl"
-        last = self.step if self.checkpoint else -1
-        lines, _ = read_metrics(path)
-        self.lines = [line for line in lines if line["step"] <= last]
-        write_atomically(path, "".join(map(json_line, self.lines)))
-        self.log_file = open(path, "ab", buffering=0)
+    def find_checkpoint(self):
+        """Read the checkpoint to go on from; there is none if the run was stopped before its
+        first. Raises UserError."""
+        self.lines, self.notes = read_metrics(self.folder / LOG)
+        if not any(self.folder.glob("ckpt*.pt")):
+            if any("kind" in line for line in self.lines):
+                raise UserError(f"the checkpoints of {self.folder} are gone, and it cannot be "
+                                "continued: choose another --name")
+            return
+        self.checkpoint = load_checkpoint(self.folder, set_aside=processes.is_first())
+        step = self.checkpoint["step"]
+        logged = max((line["step"] for line in self.lines), default=-1)
+        if not 0 <= step <= logged:
+            raise UserError(f"the checkpoint in {self.folder} is of update {step}, and its log "
+                            f"ends at update {logged}: choose another --name")
+        if step < self.args.steps and not self.args.resume:
+            raise UserError(f"{self.folder} has stopped at update {step} of {self.args.steps}: "
+                            "add --resume to continue, or choose another --name")
+        self.step = step
 
-    def restore(self, decoder, meta_head, optimizer):
-        """Load the checkpoint, if the run goes on from one. Only then begin to write."""
-        if self.checkpoint:
-            decoder.load_state_dict(self.checkpoint["model"])
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
-            if meta_head is not None:
-                meta_head.load_state_dict(self.checkpoint["head"])
+    def say_finished(self):
+        """Say what can be done with a run that has no update to do; returns the exit code."""
         if processes.is_first():
+            print(f"{self.folder} is finished ({self.step} updates). Look: python probe.py "
+                  f"{self.folder}; go on: --resume with more --steps; start over: --name NAME")
+        return 0
+
+    def begin(self, settings, prepared_text, decoder, meta_head, optimizer):
+        """Load the checkpoint, if the run goes on from one, and only then begin to write.
+
+        settings is the future config.json, prepared_text the folder of the tokenizer. Raises
+        UserError if they, or the models, are not those that the run was made with."""
+        config = self.folder / "config.json"
+        if config.exists():
+            if read_settings(self.folder).get("corpus_sha256") != settings["corpus_sha256"]:
+                raise UserError(f"{self.folder} was trained on another text or tokenizer (the "
+                                "SHA-256 differs): choose another --name")
+        if not processes.all_agree((settings["corpus_sha256"], self.step)):
+            raise UserError("the processes have different texts or checkpoints: put --runs "
+                            f"{self.args.runs} and --data where all machines see them")
+        if self.checkpoint:
+            self.restore(decoder, meta_head, optimizer)
+        if processes.is_first():
+            tokens = read_file(prepared_text / tokenizer.FILE)
+            settings["tokenizer_sha256"] = tokenizer.sha256(tokens)
             # config.json comes first: a folder without it is no run of ours.
-            write_atomically(self.folder / "config.json", json.dumps(self.settings, indent=1))
-            tokens = self.tokenizer_file.read_bytes()
+            write_atomically(config, json.dumps(settings, indent=1))
             write_atomically(self.folder / tokenizer.FILE, tokens)
             self.open_log()
         self.checkpoint = None  # its memory is free again
+        self.settings = settings
+        hidden = self.args.quiet or not processes.is_first()
+        self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.args.name,
+                        unit="step", disable=True if hidden else None)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.old_handlers[number] = signal.signal(number, self.note_signal)
+
+    def restore(self, decoder, meta_head, optimizer):
+        """Load the checkpoint into the models. Raises UserError if it does not fit them."""
+        state, spent = self.checkpoint, self.checkpoint["spent"]
+        try:
+            decoder.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if meta_head is not None:
+                meta_head.load_state_dict(state["head"])
+            for parameter, moments in optimizer.state.items():
+                if moments["exp_avg"].shape != parameter.shape:
+                    raise ValueError
+            self.lm_steps = int(spent["lm_steps"])
+            self.tokens, self.flops = int(spent["tokens"]), int(spent["flops"])
+            self.seconds, self.skipped = float(spent["seconds"]), int(spent.get("skipped", 0))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise UserError(f"the checkpoint in {self.folder} does not fit its configuration: "
+                            "choose another --name") from None
+
+    def open_log(self):
+        """Open metrics.jsonl to append, without what came after the checkpoint, and without what
+        cannot be read; then a copy of all of it is kept."""
+        path = self.folder / LOG
+        if self.notes:
+            copies = (path.with_name(f"metrics-damaged-{i}.jsonl") for i in itertools.count(1))
+            copy = next(copy for copy in copies if not copy.exists())
+            write_atomically(copy, read_file(path))
+            print(f"note: {self.notes[0]}; {copy} keeps all of it", file=sys.stderr)
+        last = self.step if self.checkpoint else -1
+        self.lines = [line for line in self.lines if line["step"] <= last]
+        write_atomically(path, "".join(map(json_line, self.lines)))
+        self.log_file = open_to_append(path)
 
     def save(self, decoder, meta_head, optimizer):
         if not processes.is_first():
@@ -208,8 +236,8 @@ class Run:
         if not math.isfinite(figures["val_loss"]):
             raise Diverged(f"the validation loss was not finite after update {self.step}"
                            + self.advice())
-        if self.bar.disable and not self.settings["quiet"]:
-            print(f"{self.settings['name']}: update {self.step:,} of {self.settings['steps']:,}, "
+        if self.bar.disable and not self.args.quiet:
+            print(f"{self.args.name}: update {self.step:,} of {self.args.steps:,}, "
                   f"{status(self.lines[-STATUS_LINES:])}", flush=True)
 
     def start_clock(self):
@@ -227,7 +255,7 @@ class Run:
         if kind == "lm":
             self.lm_steps += 1
         else:
-            n_way = self.settings["n_way"]
+            n_way = self.args.n_way
             line |= {"n_way": n_way, "chance": 1 / n_way}
         self.waiting.append(line)
         if self.step % FLUSH_EVERY == 0:
@@ -266,13 +294,11 @@ class Run:
     def write(self, lines):
         self.lines += lines
         if self.log_file:
-            content = "".join(map(json_line, lines)).encode()
-            while content:  # a write to a full disk may take a part only, and then fail
-                content = content[self.log_file.write(content):]
+            append(self.log_file, "".join(map(json_line, lines)).encode())
 
     def advice(self):
         return (f": stopped; {self.folder / 'ckpt.pt'} is from before. Try a lower --lr (it is "
-                f"{self.settings['lr']:g}), a lower --inner-lr, or a longer --warmup, with another "
+                f"{self.args.lr:g}), a lower --inner-lr, or a longer --warmup, with another "
                 "--name")
 
     # ---- stopping
@@ -293,7 +319,7 @@ class Run:
     def stopped(self):
         """Say how to go on; returns the exit code of a stopped run."""
         if processes.is_first():
-            print(f"stopped after {self.step} of {self.settings['steps']} updates, saved; "
+            print(f"stopped after {self.step} of {self.args.steps} updates, saved; "
                   "to continue: the same command with --resume", file=sys.stderr)
         return 128 + (self.stop_signal or signal.SIGTERM)
 

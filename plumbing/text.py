@@ -10,7 +10,7 @@ import gc
 import gzip
 import hashlib
 import importlib.util
-import json
+import os
 import re
 import sys
 import sysconfig
@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing.commands import UserError
+from plumbing.files import open_regular, parse_json
 
 # Read beside the standard library. torch brings the last two.
 PACKAGES = ["numpy", "torch", "matplotlib", "sympy", "networkx"]
@@ -33,7 +34,10 @@ TEXT_KINDS = (".txt", *JSON_LINES)
 # Long files are cut into documents of this many bytes, and to the end of the line if it is near.
 PIECE = 16_384
 # The longest line of a JSON-lines file, in bytes.
-LONGEST_LINE = 64_000_000
+LONGEST_LINE = 16_000_000
+# Text is never packed more tightly than this, in bytes for a byte of gzip. What is would take
+# hours to read. The slack is for short files.
+TIGHTEST, SLACK = 200, 1_000_000
 # llm.c's token files begin with 256 int32: this number, version 1, the count of ids. uint16 ids
 # follow.
 SHARD_MAGIC = 20240520
@@ -152,15 +156,13 @@ def documents(files, description, quiet=False):
             before = bar.n
             read = json_lines if file.name.endswith(JSON_LINES) else plain_text
             try:
-                with open(file, "rb") as raw:
+                with open_regular(file) as raw:
                     for document in read(file, raw):
                         yield document
                         bar.update(before + raw.tell() - bar.n)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise UserError(f"{file} is damaged or ends early ({error}): "
                                 "get it again") from None
-            except OSError as error:
-                raise UserError(f"cannot read {file}: {error.strerror}") from None
 
 
 def plain_text(file, raw):
@@ -199,15 +201,13 @@ def json_lines(file, raw):
         place = f"{file}, line {number}"
         if len(line) > LONGEST_LINE:
             raise UserError(f"{place}: longer than {LONGEST_LINE:,} bytes")
+        if stream.tell() > TIGHTEST * raw.tell() + SLACK:
+            raise UserError(f"{place}: it unpacks to over {TIGHTEST} times its size, and is no "
+                            "text")
         if not line.strip():
             continue
-        try:
-            text = json.loads(line)["text"]
-            # JSON may hold half of a surrogate pair, which UTF-8 cannot
-            text = text.encode("utf-8", "replace").decode()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{place}: not a JSON object with a `text` that is a string: "
-                            f"{line[:60]}") from None
+        # JSON may hold half of a surrogate pair, which UTF-8 cannot.
+        text = parse_json(line, place, {"text": str})["text"].encode("utf-8", "replace").decode()
         for start in range(0, len(text), PIECE):
             piece = text[start:start + PIECE]
             if piece.strip():
@@ -244,12 +244,9 @@ def token_files(path):
 def read_ids(file):
     """A file of GPT-2 ids as a uint16 memory map. Its header and size are checked first. Raises
     UserError."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as raw:
-            start = raw.read(SHARD_HEADER)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    with open_regular(file) as raw:
+        start = raw.read(SHARD_HEADER)
+        size = os.fstat(raw.fileno()).st_size
     if start.startswith(b"\x93NUMPY"):
         raise UserError(f"{file} is an array saved by NumPy: write the bare ids "
                         "(array.astype('uint16').tofile)")

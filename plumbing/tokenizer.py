@@ -5,6 +5,7 @@ and again makes the most frequent pair of neighbours a token of its own. The tra
 it learns is wrapped in `tiktoken.Encoding`, which does the encoding.
 """
 import base64
+import hashlib
 import heapq
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -14,10 +15,13 @@ import tiktoken
 from tqdm import tqdm
 
 from plumbing.commands import UserError
+from plumbing.files import read_file, write_atomically
+from plumbing.logs import read_settings
 from plumbing.text import is_validation
 
 END, MASK = "<|endoftext|>", "<|mask|>"
 FILE = "tokenizer.tiktoken"
+LARGEST = 32_000_000  # bytes of such a file
 
 # GPT-2's rule for cutting text into pre-tokens. No token reaches across two of them.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -137,22 +141,39 @@ def save_tokens(tokens, folder):
     """Write ranked tokens in tiktoken's own format, a line of base64 and rank for each. An empty
     file stands for GPT-2's vocabulary."""
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
-    (Path(folder) / FILE).write_bytes(b"".join(lines))
+    write_atomically(Path(folder) / FILE, b"".join(lines))
 
 
 def load_encoding(folder):
-    """The tiktoken.Encoding of a run or a prepared text. Raises UserError."""
-    try:
-        lines = (Path(folder) / FILE).read_bytes().splitlines()
-        tokens = [base64.b64decode(line.split()[0]) for line in lines]
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"no readable tokenizer in {folder}: {error}") from None
-    if not tokens:
+    """The tiktoken.Encoding of a run or a prepared text. Raises UserError if there is none, or it
+    is not the one that a run was trained with."""
+    folder = Path(folder)
+    content = read_file(folder / FILE, LARGEST)
+    damaged = UserError(f"the tokenizer in {folder} is damaged")
+    if (folder / "config.json").exists():
+        settings = read_settings(folder)
+        # Runs of earlier versions have no SHA-256.
+        known = settings.get("tokenizer_sha256") or sha256(content)
+        if sha256(content) != known or (settings.get("tokenizer") == "bpe" and not content):
+            raise damaged
+    if not content:
         return gpt2_encoding()
+    tokens = []
+    try:
+        for rank, line in enumerate(content.splitlines()):
+            token, number = line.split()
+            tokens.append(base64.b64decode(token, validate=True))
+            if int(number) != rank:
+                raise damaged
+    except ValueError:
+        raise damaged from None
     # Without all bytes there is text that cannot be encoded, and with one token twice tiktoken
     # ends in a panic.
-    whole = len(set(tokens)) == len(tokens) and {bytes([i]) for i in range(256)} <= set(tokens)
-    if not whole:
-        raise UserError(f"the tokenizer in {folder} is damaged: it lacks a byte, or has a token "
-                        "twice")
+    if len(set(tokens)) < len(tokens) or not {bytes([i]) for i in range(256)} <= set(tokens):
+        raise damaged
     return bpe_encoding(tokens)
+
+
+def sha256(content):
+    """SHA-256 of bytes, in hex."""
+    return hashlib.sha256(content).hexdigest()

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing.commands import UserError
-from plumbing.files import write_atomically
+from plumbing.files import read_file, write_atomically
 from plumbing.prepare import cache_root
 
 TYPES = ["PER", "ORG", "LOC"]
@@ -29,7 +29,12 @@ TEST_ONLY = {
     "ru_pud": "Russian-PUD", "sv_pud": "Swedish-PUD", "zh_pud": "Chinese-PUD"}
 # In bytes; the treebanks have 4 million at most.
 LARGEST_FILE = 32_000_000
+LONGEST_LINE = 10_000
 DOWNLOAD_BLOCK = 2 ** 16
+
+
+class MissingTreebank(UserError):
+    """A treebank is neither on this disk nor to be had from the network."""
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -59,6 +64,8 @@ def parse_iob2(content, name):
 
 def parse_line(line, place):
     """(word, tag) of one line of bytes. Raises UserError."""
+    if len(line) > LONGEST_LINE:
+        raise UserError(f"{place}: longer than {LONGEST_LINE:,} bytes")
     columns = line.decode(errors="replace").rstrip("\r").split("\t")
     is_word = (len(columns) >= 3 and columns[0][:1].isdigit() and columns[1].strip()
                and "\ufffd" not in columns[1])
@@ -74,8 +81,8 @@ def parse_line(line, place):
 
 def read_treebank(name, split, folder=None, cache=None, quiet=False):
     """[(words, tags)] of one split (train, dev or test) of a treebank, from folder, or from the
-    cache, or else downloaded into it. Raises FileNotFoundError if it is not to be had, and
-    UserError if it cannot be read."""
+    cache, or else downloaded into it. Raises MissingTreebank if it is not to be had, and UserError
+    if it cannot be read."""
     if name == "toy":
         return toy_treebank(split)
     file = f"{name}-ud-{split}.iob2"
@@ -83,17 +90,16 @@ def read_treebank(name, split, folder=None, cache=None, quiet=False):
     path = cache_root(cache) / "uner" / file
     if folder and (Path(folder) / file).exists():
         path = Path(folder) / file
-    try:
-        if not path.exists():
+    if not path.exists():
+        try:
             download(f"https://raw.githubusercontent.com/{repository}/HEAD/{file}", path, quiet)
-        return parse_iob2(path.read_bytes(), path)
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        place = folder or path.parent
-        raise FileNotFoundError(
-            f"{file} could not be found or downloaded ({reason}): get it from "
-            f"https://github.com/{repository} and put it into {place} (--uner FOLDER names "
-            "another); without a network: --train toy --test toy") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise MissingTreebank(
+                f"{file} could not be found or downloaded ({reason}): get it from "
+                f"https://github.com/{repository} and put it into {folder or path.parent} (--uner "
+                "FOLDER names another); without a network: --train toy --test toy") from None
+    return parse_iob2(read_file(path, LARGEST_FILE), path)
 
 
 def download(url, path, quiet=False):
@@ -130,7 +136,7 @@ def load_treebanks(trains, tests, folder=None, cache=None, quiet=False):
             for member in members:
                 try:
                     sentences += read_treebank(member, split, folder, cache, quiet)
-                except FileNotFoundError as error:
+                except MissingTreebank as error:
                     missing = error
                     if name == "all" or split == "dev":
                         print(f"{name} ({split}) continues without {error}", file=sys.stderr)

@@ -1,4 +1,5 @@
 """Chapter 1: batches, the index of words, episodes, and the command."""
+import json
 from collections import Counter
 
 import numpy as np
@@ -153,17 +154,34 @@ def test_a_prepared_text_is_checked_when_it_is_loaded(script, text_file, tmp_pat
     assert done.returncode == 0, done.stderr
     with pytest.raises(UserError, match="--vocab-size 300 is too small"):
         data.load(tmp_path / "ready", vocab_size=300, quiet=True)
-    # An id that the tokenizer lacks is found in either part.
-    bad = np.fromfile(tmp_path / "ready" / "val.bin", dtype="<u2")
-    bad[7] = 60_000
-    bad.tofile(tmp_path / "ready" / "val.bin")
-    with pytest.raises(UserError, match="id 60000"):
+    # One bit more or less is found in each file.
+    for name in ("train.bin", "val.bin", "tokenizer.tiktoken"):
+        path = tmp_path / "ready" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+        with pytest.raises(UserError, match="not whole"):
+            data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
+        path.write_bytes(content)
         data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
-    bad = np.fromfile(tmp_path / "ready" / "train.bin", dtype="<u2")
-    bad[:] = 2047
-    bad.tofile(tmp_path / "ready" / "train.bin")
-    with pytest.raises(UserError, match="id 2047"):
-        data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
+
+
+def test_a_prepared_text_of_an_earlier_version_is_checked_by_its_ids(script, text_file, tmp_path):
+    """It has no SHA-256 of its files. An id that the tokenizer lacks is found in either part."""
+    folder = tmp_path / "ready"
+    done = script("data.py", text_file, "--out", "ready", "--vocab-size", 2048)
+    assert done.returncode == 0, done.stderr
+    info = json.loads((folder / "info.json").read_text())
+    del info["files"]
+    (folder / "info.json").write_text(json.dumps(info))
+    data.load(folder, vocab_size=2048, quiet=True)
+    for name, bad in (("val.bin", 60_000), ("train.bin", 2047)):
+        ids = np.fromfile(folder / name, dtype="<u2")
+        good, ids[7] = ids[7], bad
+        ids.tofile(folder / name)
+        with pytest.raises(UserError, match=f"id {bad}"):
+            data.load(folder, vocab_size=2048, quiet=True)
+        ids[7] = good
+        ids.tofile(folder / name)
 
 
 def test_a_text_of_one_piece_can_be_shown(tmp_path):

@@ -97,11 +97,11 @@ def test_runs_are_described_in_the_order_of_the_command(run, tmp_path):
 
 
 def test_settings_of_any_kind_are_described(tmp_path):
-    wild = {"name": "x" * 1_000_000, "unigram": float("nan"), "bigram": [[1]], "n_way": "4",
-            "seed": 10 ** 30, "corpus_sha256": {"a": 1}}
+    wild = {"name": "x" * 900_000, "unigram": float("nan"), "bigram": [[1]], "n_way": "4",
+            "inner_steps": 10 ** 20}
     description = describe(make_run(tmp_path / "wild", **wild))
     assert len(description["name"]) == 40
-    for name in ("unigram", "bigram", "n_way", "seed"):
+    for name in ("unigram", "bigram", "n_way", "inner_steps"):
         assert description[name] is None
     json.dumps(description, allow_nan=False)
     # Runs of before have neither of the two.
@@ -350,7 +350,7 @@ def test_the_command_serves_the_runs_it_is_given(run, monkeypatch, capsys):
         assert stopped.value.code == 130
         printed = capsys.readouterr()
         address = re.match(r"http://127\.0\.0\.1:\d+/", printed.out)[0]
-        assert printed.err == "stopped.\n"
+        assert printed.err == "probe.py: stopped\n"
         assert opened == ([address] if display else [])
     assert served == [run, run]
 

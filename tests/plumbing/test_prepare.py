@@ -25,7 +25,7 @@ def test_second_load_reads_the_cache_and_other_text_is_another_folder(
         corpus, text_file, cache, tmp_path, monkeypatch):
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text() + "one more line\n")
-    monkeypatch.setattr(prepare, "prepare", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(prepare, "prepare", lambda *args, **keywords: pytest.fail("prepared again"))
     again = data.load(text_file, vocab_size=2048, cache=cache, quiet=True)
     assert again.info == corpus.info
     assert again.encoding._mergeable_ranks == corpus.encoding._mergeable_ranks

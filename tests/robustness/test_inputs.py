@@ -135,7 +135,7 @@ COMMANDS = {
     "port of nothing": (probe, ["hollow", "--port", "80"], "add --live"),
     "ner of nothing": (ner, ["runs/none"], "not a run"),
     "ner without folder": (ner, ["hollow", "--uner", "nowhere"], "no such folder"),
-    "ner seeds": (ner, ["hollow", "--seeds", "0"], "at least 1"),
+    "ner seeds": (ner, ["hollow", "--seeds", "0"], "in 1 to 1000"),
     "data: nothing to do": (data, [], "nothing to do"),
     "data: over something": (data, ["short.txt", "--out", "folder-with-file"], "already"),
     "data: missing": (data, ["nowhere", "--out", "new"], "no such file"),

@@ -15,6 +15,7 @@ import data
 import train
 from plumbing import prepare
 from plumbing.checkpoints import load_checkpoint
+from plumbing.runs import Diverged
 
 # The run that is killed, interrupted and compared with an uninterrupted one.
 FLAGS = ("--meta", "--steps", 24, "--eval-every", 8, "--probe-every", 99)
@@ -275,7 +276,7 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_checkpoint(
         monkeypatch, tmp_path, train_here):
     folder = tmp_path / "runs" / "bad"
     poison(monkeypatch, range(6, 99))
-    with pytest.raises(train.Diverged, match="--lr"):
+    with pytest.raises(Diverged, match="--lr"):
         train_here("--steps", 60, "--eval-every", 5, "--probe-every", 99, "--name", "bad")
     state = load_checkpoint(folder)
     assert state["step"] <= 15
@@ -296,7 +297,7 @@ def test_weights_that_give_no_finite_validation_loss_are_not_saved(
         return figures
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    with pytest.raises(train.Diverged, match="validation loss.*--lr"):
+    with pytest.raises(Diverged, match="validation loss.*--lr"):
         train_here("--steps", 2, "--name", "bad")
     assert load_checkpoint(folder)["step"] == 0
     assert read_log(folder)[-1]["val_loss"] is None
