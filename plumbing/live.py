@@ -28,8 +28,8 @@ ADDRESS = "127.0.0.1"
 PORT, PORTS = 8765, 20
 # A longer log is sent in pieces of this many bytes.
 MOST_BYTES = 4_000_000
-# A mark is a checksum of so many bytes of a log. They hold the seconds that an update took, and so
-# no two runs have the same.
+# A mark is a checksum of so many bytes of a log. Two logs differ there, if only in the seconds that
+# updates took.
 MARKED_BYTES = 1000
 # Seconds that a browser may take to send its request.
 PATIENCE = 10
