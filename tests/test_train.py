@@ -201,6 +201,13 @@ def test_a_compiled_run_compiles_three_shapes_and_learns_the_same(
     assert shapes == [(4, 32)]
 
 
+def test_a_quiet_run_says_what_it_reached_and_no_more(train_here, capsys):
+    assert train_here("--steps", 1, "--eval-every", 9, "--probe-every", 9) == 0
+    printed = capsys.readouterr().out
+    assert "watch:" not in printed
+    assert printed.startswith("\nvalidation loss")
+
+
 # ---- the folder of a run -----------------------------------------------------------------------
 
 def test_another_configuration_in_the_folder_is_refused(hybrid, start_in):
