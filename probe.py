@@ -2,11 +2,12 @@
 
     python probe.py runs/11m-meta                    # pictures and a table of phases of one run
     python probe.py runs/11m-vanilla runs/11m-meta   # comparison at equal cost
-    python probe.py runs/11m-meta --live             # redraw dynamics.png while the job runs
+    python probe.py runs/11m-meta --live             # a page in the browser, as the job runs
 
 Read `effective_rank` and `head_entropy` first. `measure` applies them to a decoder and makes the
 probe lines of a run's log; train.py calls it. A phase is a rise or a fall of such a curve over
-training. Phases, comparison and pictures are in plumbing/: phases.py, compare.py, pictures.py.
+training. Phases, comparison, pictures and the live page are in plumbing/: phases.py, compare.py,
+pictures.py, live.py.
 """
 import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
 
@@ -18,13 +19,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.commands import Parser, command
+from plumbing.commands import Parser, command, number
 from plumbing.compare import compare, comparison_table, group_runs
 from plumbing.files import write_atomically
 from plumbing.kernels import cross_entropy
+from plumbing.live import serve
 from plumbing.logs import read_run
 from plumbing.phases import phase_count_table, phase_counts, phase_table, phases
-from plumbing.pictures import draw_comparison, follow, save_dynamics, save_figure
+from plumbing.pictures import draw_comparison, save_dynamics, save_figure
 
 # Validation windows in the batch that train.py probes.
 PROBE_WINDOWS = 4
@@ -148,15 +150,22 @@ def is_probe_step(step, every, last):
 
 def parse():
     parser = Parser(description="Pictures and phases of one run (dynamics.png and phases.json in "
-                                "its folder), or the comparison of several.")
+                                "its folder), the comparison of several, or a live page of "
+                                "both (--live).")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN",
         help="folder of a run; runs that differ only in their seed are grouped, and later groups "
              "are compared with the first")
-    add("--live", action="store_true", help="redraw dynamics.png while the job runs")
+    add("--live", action="store_true",
+        help="show the runs on a page in the browser, finished or not; it follows their logs")
+    add("--port", type=number(int, 0, 65535),
+        help="of the live page; 0 is any that is free (default: 8765, or the next that is free)")
     add("--out", type=Path, default=Path("compare"),
         help="folder for compare.png and compare.json (default: compare)")
-    return parser.parse_args(), parser
+    args = parser.parse_args()
+    if args.port is not None and not args.live:
+        parser.error("--port is about the live page: add --live")
+    return args, parser
 
 
 def look_at(folders):
@@ -191,13 +200,11 @@ def compare_runs(logs, found, out):
 @command
 def main():
     args, parser = parse()
-    if args.live:
-        if len(args.runs) > 1:
-            parser.error("--live follows one run")
-        follow(args.runs[0])
-        return
     # A run that is named twice counts once.
     folders = list({folder.resolve(): folder for folder in args.runs}.values())
+    if args.live:
+        serve(folders, args.port)
+        return
     logs, found = look_at(folders)
     if len(folders) > 1:
         compare_runs(logs, found, args.out)

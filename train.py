@@ -199,6 +199,8 @@ def train(args):
         optimizer = build_optimizer(decoder, meta_head)
         settings = describe(args, corpus, decoder, meta_head, device)
         run.begin(settings, corpus.folder, decoder, meta_head, optimizer)
+        if processes.is_first() and not args.quiet:
+            print(f"watch: python probe.py {run.folder} --live", flush=True)
         loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run)
         run.bar.close()
         if run.step < args.steps:
@@ -212,10 +214,8 @@ def train(args):
 def report(run, corpus, decoder, args, device):
     """Draw dynamics.png and print the summary of a finished run."""
     save_dynamics(run.folder, run.lines, run.settings)
-    windows = evaluation_windows(corpus, args)
-    by_counting = ngram_losses(corpus.train, windows, corpus.vocab_size)
     text = sample_text(decoder, corpus, device)
-    print(summary(run.folder, run.lines, run.settings, by_counting, text, peak_memory(device)))
+    print(summary(run.folder, run.lines, run.settings, text, peak_memory(device)))
 
 
 def check_length(corpus, args):
@@ -257,8 +257,13 @@ def build_optimizer(decoder, meta_head):
 
 
 def describe(args, corpus, decoder, meta_head, device):
-    """What config.json says of a run: every flag, and what it was trained with."""
+    """What config.json says of a run: every flag, what it was trained with, and the validation
+    losses that counting alone achieves ("unigram" and "bigram", in nats per token)."""
     meta_parameters = meta_head.parameters() if meta_head is not None else []
+    by_counting = {}
+    if processes.is_first():  # the process that writes config.json
+        windows = evaluation_windows(corpus, args)
+        by_counting = ngram_losses(corpus.train, windows, corpus.vocab_size)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__}
     return vars(args) | {
@@ -267,7 +272,7 @@ def describe(args, corpus, decoder, meta_head, device):
         "corpus": corpus.info["source"],
         "corpus_sha256": corpus.info["sha256"],
         "device_name": device_in_words(device),
-        "versions": versions}
+        "versions": versions} | by_counting
 
 
 def sample_text(decoder, corpus, device):

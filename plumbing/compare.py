@@ -24,7 +24,8 @@ FEWSHOT = {"fewshot_before": "meta head before", "fewshot_after": "meta head aft
 STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
 # These settings do not make a configuration.
 NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device",
-                       "device_name", "head_parameters", "tokenizer_sha256"}
+                       "device_name", "head_parameters", "tokenizer_sha256", "unigram",
+                       "bigram"}
 # Losses at which the costs of two groups are compared.
 LEVELS = 6
 

@@ -1,8 +1,5 @@
 """The pictures: one run's dynamics, several runs at equal cost, and a tagger's F1."""
 import io
-import sys
-import time
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -11,15 +8,13 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from plumbing.compare import COSTS, FEWSHOT, STANDARD_ERROR
 from plumbing.files import write_atomically
-from plumbing.logs import layer_series, read_metrics, read_settings, series
+from plumbing.logs import layer_series, series
 
 # Okabe & Ito's colours, which colour-blind eyes can tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = COLOURS = [
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 # A run's name may hold dollar signs.
 matplotlib.rcParams["text.parse_math"] = False
-# Seconds between two looks at the log of a running job.
-FOLLOW_EVERY = 2.0
 
 
 # ---- parts -------------------------------------------------------------------------------------
@@ -134,26 +129,6 @@ def draw_layers(ax, lines, path, name, unit):
     title = f"{name}: mean {values[0].mean():.2f} to {values[-1].mean():.2f}"
     label_panel(ax, title, "layer (0 reads the text)")
     log_steps(ax, edges[-1])
-
-
-def follow(folder):
-    """Redraw a running job's dynamics.png whenever its log has grown, until the run is over.
-    Raises UserError if there is no run."""
-    folder = Path(folder)
-    settings = read_settings(folder)
-    print(f"redrawing {folder / 'dynamics.png'} until the run is over (Ctrl-C ends it)",
-          file=sys.stderr)
-    log = folder / "metrics.jsonl"
-    size, over = -1, False
-    while not over:
-        if log.exists() and log.stat().st_size != size:
-            size = log.stat().st_size
-            lines, _ = read_metrics(log)
-            if lines:
-                save_dynamics(folder, lines, settings)
-            over = any("val_loss" in line and line["step"] >= settings["steps"] for line in lines)
-        if not over:
-            time.sleep(FOLLOW_EVERY)
 
 
 # ---- several runs ------------------------------------------------------------------------------

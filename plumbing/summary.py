@@ -31,15 +31,15 @@ def status(lines):
     return ", ".join(parts)
 
 
-def summary(folder, lines, settings, losses_by_counting, sample, memory):
+def summary(folder, lines, settings, sample, memory):
     """The report at the end of a run: what was reached, what it cost, a sample of its text, and
-    what to do next. losses_by_counting is {"unigram", "bigram"}, in nats per token."""
+    what to do next."""
     evaluations = [line for line in lines if "val_loss" in line]
     first, final = evaluations[0], evaluations[-1]
     report = ["", f"validation loss {final['val_loss']:.3f} nats per token "
                   f"({final['bits_per_byte']:.3f} bits per byte); "
-                  f"unigram {losses_by_counting['unigram']:.3f}, "
-                  f"smoothed bigram {losses_by_counting['bigram']:.3f}"]
+                  f"unigram {settings['unigram']:.3f}, "
+                  f"smoothed bigram {settings['bigram']:.3f}"]
     report += fewshot_report(first, final, settings)
     skipped = max(line.get("skipped", 0) for line in lines)
     if skipped:

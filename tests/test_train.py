@@ -76,7 +76,10 @@ def test_hybrid_run_writes_its_files_and_says_what_it_reached(hybrid):
     assert config["parameters"] > 1e6
     assert config["n_way"] == 4
     assert len(config["corpus_sha256"]) == 64
-    assert "smoothed bigram" in done.stdout
+    # What counting achieves, for the picture and the summary. A pair of words says more than one.
+    assert 1 < config["bigram"] < config["unigram"] < np.log(2048)
+    assert f"smoothed bigram {config['bigram']:.3f}" in done.stdout
+    assert done.stdout.count("watch: python probe.py runs/11m-meta --live\n") == 1
     assert "python model.py" in done.stdout
 
 
@@ -198,6 +201,13 @@ def test_a_compiled_run_compiles_three_shapes_and_learns_the_same(
     assert shapes == [(4, 32)]
 
 
+def test_a_quiet_run_says_what_it_reached_and_no_more(train_here, capsys):
+    assert train_here("--steps", 1, "--eval-every", 9, "--probe-every", 9) == 0
+    printed = capsys.readouterr().out
+    assert "watch:" not in printed
+    assert printed.startswith("\nvalidation loss")
+
+
 # ---- the folder of a run -----------------------------------------------------------------------
 
 def test_another_configuration_in_the_folder_is_refused(hybrid, start_in):
@@ -251,8 +261,6 @@ def test_comparison_and_pictures_from_the_command_line(script, tmp_path):
     assert set(result["sooner_by"]["11m-meta"]) >= {
         "levels", "step", "tokens", "flops", "seconds", "papers_reading"}
     assert (tmp_path / "compare" / "compare.png").stat().st_size > 10_000
-    # A finished run is drawn once.
-    assert script("probe.py", "runs/11m-meta", "--live").returncode == 0
     found = json.loads((tmp_path / "runs" / "11m-meta" / "phases.json").read_text())
     assert len(found["head entropy"]) == 12
     missing = script("probe.py", "runs/none")

@@ -36,6 +36,12 @@ def test_groups_of_one_name_are_numbered():
     assert list(group_runs([run_of("a", 0), run_of("a", 0)])) == ["a (1)", "a (2)"]
 
 
+def test_a_run_from_before_the_baselines_were_logged_is_of_the_same_group():
+    newer, content = run_of("b", 1)
+    groups = group_runs([run_of("a", 0), (newer | {"unigram": 6.9, "bigram": 5.3}, content)])
+    assert list(groups) == ["a"]
+
+
 # ---- how much sooner ---------------------------------------------------------------------------
 
 def test_sooner_by_recovers_a_known_ratio():

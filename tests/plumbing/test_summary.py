@@ -16,15 +16,15 @@ def test_status_holds_the_newest_of_each_kind():
 
 
 def test_summary_tells_the_end_the_start_and_the_cost():
-    settings = {"n_way": 8, "k_shot": 4, "device_name": "a computer"}
+    settings = {"n_way": 8, "k_shot": 4, "device_name": "a computer", "unigram": 7.0,
+                "bigram": 6.5}
     before = {"val_loss": 8.0, "bits_per_byte": 4.0, "fewshot_prototype": 0.15,
               "fewshot_stderr": 0.02, "fewshot_lookup": 0.1, "fewshot_chance": 0.125}
     after = before | {"val_loss": 5.5, "bits_per_byte": 2.25, "fewshot_prototype": 0.4,
                       "fewshot_stderr": 0.01, "tokens": 12_000, "flops": 3.21e9,
                       "seconds": 90.0}
     lines = [before, {"kind": "lm", "loss": 6.0}, {"kind": "lm", "loss": None, "skipped": 3}, after]
-    text = summary("runs/mine", lines, settings, {"unigram": 7.0, "bigram": 6.5}, "some text",
-                   "peak memory 0.5 GiB")
+    text = summary("runs/mine", lines, settings, "some text", "peak memory 0.5 GiB")
     assert "validation loss 5.500 nats per token (2.250 bits per byte)" in text
     assert "unigram 7.000, smoothed bigram 6.500" in text
     assert "8-way 4-shot, chance 12.5%" in text
