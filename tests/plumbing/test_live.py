@@ -350,7 +350,7 @@ def test_the_command_serves_the_runs_it_is_given(run, monkeypatch, capsys):
         assert stopped.value.code == 130
         printed = capsys.readouterr()
         address = re.match(r"http://127\.0\.0\.1:\d+/", printed.out)[0]
-        assert printed.err == "probe.py: stopped\n"
+        assert printed.err == "probe.py: stopped.\n"
         assert opened == ([address] if display else [])
     assert served == [run, run]
 
