@@ -28,15 +28,18 @@ from plumbing.files import LOCK, write_atomically
 from test_kills import assert_same_run
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+PAST_THE_DOOR = 98  # exit code
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink",
           "os.chmod"}
 
 
 class Operations:
-    """Counts the file operations of this process under a folder, and kills it at number `last`."""
+    """Counts the file operations of this process under a folder, and kills it at number `last`.
+    A file that is opened to write, but not by plumbing.files, ends it, too."""
 
     def __init__(self, folder, last):
         self.folder, self.last, self.number = str(folder), last, 0
+        self.in_the_door = False
 
     def count(self, name):
         self.number += 1
@@ -64,10 +67,16 @@ class Operations:
         paths = [os.path.abspath(os.fsdecode(path)) for path in concerned
                  if isinstance(path, (str, bytes, os.PathLike))]
         if any(path.startswith(self.folder) for path in paths):
+            if event == "open" and not self.in_the_door:
+                print(paths, "was not opened by plumbing.files", file=sys.stderr, flush=True)
+                os._exit(PAST_THE_DOOR)
             self.count(event)
 
     def open(self, *args, **keywords):
-        return CountedFile(open(*args, **keywords), self)
+        self.in_the_door = True
+        file = CountedFile(open(*args, **keywords), self)
+        self.in_the_door = False
+        return file
 
 
 class CountedFile:

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import data
+import ner
 import train
 from plumbing import prepare
 from plumbing.checkpoints import load_checkpoint
+from plumbing.files import locked, new_folder
 from plumbing.runs import Diverged
 
 # The run that is killed, interrupted and compared with an uninterrupted one.
 FLAGS = ("--meta", "--steps", 24, "--eval-every", 8, "--probe-every", 99)
 # How often it is killed.
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 1))
 # Figures of the clock, which no two runs share.
 TIMES = ("seconds", "tokens_per_second")
 
@@ -170,6 +172,29 @@ def test_a_second_live_run_is_refused_and_a_dead_one_is_not_in_the_way(start, sc
     wait_for_growth(log, size, resumed)
     os.kill(resumed.process.pid, signal.SIGTERM)
     assert resumed.finish().returncode == 143
+
+
+def refused(chapter, flags, monkeypatch, capsys):
+    """Whether a chapter's main is refused because another process writes there."""
+    monkeypatch.setattr("sys.argv", [f"{chapter.__name__}.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        chapter.main()
+    error = capsys.readouterr().err
+    return stopped.value.code == 2 and "another process is writing to" in error
+
+
+def test_two_cannot_write_the_same_results(tmp_path, text_file, monkeypatch, capsys):
+    """ner.py and data.py, while another process has the lock of their --out."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"size": "11m", "vocab_size": 300}')
+    with locked(tmp_path / "ner", ""):
+        assert refused(ner, [run, "--out", tmp_path / "ner"], monkeypatch, capsys)
+    flags = [text_file, "--out", tmp_path / "ready", "--vocab-size", 300, "--quiet"]
+    with new_folder(tmp_path / "ready") as folder:
+        (folder / "mine").write_text("whole")
+        assert refused(data, flags, monkeypatch, capsys)
+    assert [path.name for path in (tmp_path / "ready").iterdir()] == ["mine"]
 
 
 def test_two_first_runs_share_the_cache(start, tmp_path, text_file):
@@ -329,14 +354,3 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path, capsys, trai
     assert (folder / "metrics.jsonl").read_bytes().startswith(log)
     assert not list(folder.glob("*.tmp"))
     assert load_checkpoint(folder)["step"] == 3
-
-
-def test_a_run_killed_before_its_log_existed_starts_anew(train_here, tmp_path):
-    flags = ("--steps", 2, "--eval-every", 2, "--probe-every", 99, "--name", "early")
-    assert train_here(*flags) == 0
-    folder = tmp_path / "runs" / "early"
-    for path in folder.iterdir():
-        if path.name != "config.json":
-            path.unlink()
-    assert train_here(*flags) == 0
-    assert read_log(folder)[-1]["step"] == 2
