@@ -21,12 +21,12 @@ import data  # noqa: E402
 from meta import adapt  # noqa: E402
 from plumbing.commands import Parser, command  # noqa: E402
 from plumbing.pictures import (  # noqa: E402
-    BLUE, COLOURS, GREEN, ORANGE, label_panel, new_figure, save_figure)
+    BLUE, COLOURS, GREEN, ORANGE, label_panel, legend_below, new_figure, save_figure)
 from plumbing.tokenizer import MASK  # noqa: E402
 from probe import effective_rank, head_entropy  # noqa: E402
 
 # Letters of a row that fit into the figure.
-ROW_WIDTH = 82
+ROW_WIDTH = 78
 INNER_STEPS, INNER_LR = 5, 0.12
 OUTER_STEPS, OUTER_LR = 60, 0.4
 
@@ -42,24 +42,22 @@ def draw_episode(figure, seed=12):
     support_ax, query_ax = figure.subplots(2, 1, height_ratios=[8.6, 4.6])
     draw_rows(support_ax, corpus, episode.support_ids, episode.support_labels,
               [f"label {label}" for label in range(4)])
-    support_ax.set_title("support set: the answers are given, the inner loop learns from them",
-                         fontsize=10, loc="left")
+    support_ax.set_title("Support set: the answers are given, and the inner loop learns from them",
+                         loc="left")
     draw_rows(query_ax, corpus, episode.query_ids, episode.query_labels,
               [f"label ?   (it is {label}: {words[label]})" for label in range(4)])
-    query_ax.set_title("query set: the adapted classifier is asked, the outer loop learns from "
-                       "its loss", fontsize=10, loc="left")
-    figure.suptitle("an episode of 4 ways and 2 shots: which of four words stood at the end of "
-                    "each row? (chance: 1 of 4)", fontsize=11)
+    query_ax.set_title("Query set: the adapted classifier is asked, and the outer loop learns from "
+                       "its loss", loc="left")
+    figure.suptitle("An episode of 4 ways and 2 shots: which of four words stood at the end of "
+                    "each row? (chance: 1 in 4)")
 
 
 def draw_rows(ax, corpus, ids, labels, answers):
     """Rows of token ids (R, L) as text, each with the answer to its label."""
     for y, (row, label) in enumerate(zip(ids, labels.tolist())):
         text = " ".join(corpus.encoding.decode(row.tolist()).split()).replace(MASK, " ___")
-        ax.text(0.70, y, text[-ROW_WIDTH:], ha="right", va="center", family="monospace",
-                fontsize=9)
-        ax.text(0.72, y, answers[label], va="center", fontsize=9, color=COLOURS[label],
-                weight="bold")
+        ax.text(0.66, y, text[-ROW_WIDTH:], ha="right", va="center", family="monospace")
+        ax.text(0.68, y, answers[label], va="center", color=COLOURS[label], weight="bold")
     ax.set_ylim(len(ids) - 0.4, -0.6)
     ax.set_axis_off()
 
@@ -135,20 +133,21 @@ def draw_one_step(ax, start, task):
     losses = [[query_loss(torch.stack([x, y]), task).item() for x in across] for y in up]
     contours = ax.contour(across.numpy(), up.numpy(), losses, levels=10, colors="lightgrey",
                           linewidths=1)
-    ax.clabel(contours, fontsize=7)
-    ax.plot(*path.T.numpy(), "o-", color=BLUE, markersize=4,
+    ax.clabel(contours, fontsize=11)
+    ax.plot(*path.T.numpy(), "o-", color=BLUE,
             label=f"inner loop: {INNER_STEPS} steps on the support set")
     first_order = -3 * query_gradient(start, task)
     second_order = -3 * query_gradient(start, task, second_order=True)
-    arrow(ax, path[-1], first_order, ORANGE, "outer step: query gradient at φ (times 3) ...")
-    arrow(ax, path[0], first_order, ORANGE, "... used at θ (first order)", linestyle="--")
-    arrow(ax, path[0], second_order, GREEN, "differentiated through the inner loop (MAML)")
+    arrow(ax, path[-1], first_order, ORANGE, "the query gradient at φ (times 3) ...")
+    arrow(ax, path[0], first_order, ORANGE, "... is used at θ: FOMAML", linestyle="--")
+    arrow(ax, path[0], second_order, GREEN, "differentiated through the inner loop: MAML")
     for name, point in (("θ", path[0]), ("φ", path[-1])):
-        ax.annotate(name, point.tolist(), (-16, 2), textcoords="offset points", fontsize=13)
+        ax.annotate(name, point.tolist(), (-20, 4), textcoords="offset points", fontsize=18)
     cosine = F.cosine_similarity(first_order, second_order, dim=0)
-    label_panel(ax, f"one step of (FO)MAML: cosine of the two outer steps {cosine:.2f}",
-                "second weight", "first weight; grey: query loss, nats")
-    ax.legend(fontsize=8, edgecolor="none", framealpha=0.9, loc="lower right")
+    label_panel(ax, "One outer step: FOMAML goes nearly where MAML goes (cosine of the two "
+                    f"directions {cosine:.2f})", "second weight",
+                "first weight (grey: query loss in nats)", width=56)
+    legend_below(ax, columns=1)
 
 
 def draw_many_steps(ax, start, unseen, tasks):
@@ -160,15 +159,16 @@ def draw_many_steps(ax, start, unseen, tasks):
         for i, task in enumerate(unseen):
             end = adapted(begin.clone().requires_grad_(), task).detach()
             label = f"from the {which} θ to the φ of {len(unseen)} unseen tasks"
-            ax.plot(*torch.stack([begin, end]).T.numpy(), "-", color=colour, linewidth=1.5,
+            ax.plot(*torch.stack([begin, end]).T.numpy(), "-", color=colour, linewidth=2,
                     label=None if i else label)
-            ax.plot(*end.numpy(), "o", color=colour, markersize=4)
-    ax.plot(*torch.stack(walk).T.numpy(), ".-", color=ORANGE, markersize=3, linewidth=1,
+            ax.plot(*end.numpy(), "o", color=colour)
+    ax.plot(*torch.stack(walk).T.numpy(), ".-", color=ORANGE,
             label=f"θ over {OUTER_STEPS} outer steps")
-    label_panel(ax, f"query loss after {INNER_STEPS} inner steps, {len(unseen)} unseen tasks: "
-                    f"{loss_after(walk[0], unseen):.2f} nats at first, "
-                    f"{loss_after(walk[-1], unseen):.2f} at last", "second weight", "first weight")
-    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    label_panel(ax, f"Sixty outer steps: {INNER_STEPS} inner steps then leave "
+                    f"{loss_after(walk[-1], unseen):.2f} nats of query loss on unseen tasks, and "
+                    f"{loss_after(walk[0], unseen):.2f} before", "second weight", "first weight",
+                width=56)
+    legend_below(ax, columns=1)
 
 
 def loss_after(weight, tasks):
@@ -181,7 +181,7 @@ def loss_after(weight, tasks):
 
 def draw_probes(figure):
     generator = torch.Generator().manual_seed(0)
-    rank_ax, *head_axes = figure.subplots(1, 4, width_ratios=[1.7, 1, 1, 1])
+    rank_ax, *head_axes = figure.subplots(1, 4, width_ratios=[1.5, 1, 1, 1])
     draw_ranks(rank_ax, generator)
     draw_heads(figure, head_axes, generator)
 
@@ -200,10 +200,11 @@ def draw_ranks(ax, generator):
         ax.plot(np.arange(1, 97), share, ".-", color=colour, linewidth=1, markersize=4,
                 label=f"{name}: effective rank {effective_rank(matrix):.1f}")
     ax.set_yscale("symlog", linthresh=1e-3)
+    ax.set_yticks([0, 0.001, 0.01, 0.1, 1], ["0", "0.001", "0.01", "0.1", "1"])
     ax.set_ylim(0, 1.5)
-    ax.legend(fontsize=8, frameon=False)
-    label_panel(ax, "four 96 x 96 matrices", "share of the sum of singular values",
-                "singular value, largest first")
+    label_panel(ax, "Effective rank counts the directions that a matrix of 96 x 96 really uses",
+                "share of the sum", "singular value, largest first", width=48)
+    legend_below(ax, columns=1)
 
 
 def draw_heads(figure, axes, generator, T=24):
@@ -219,17 +220,17 @@ def draw_heads(figure, axes, generator, T=24):
         image = ax.imshow(attention.numpy(), cmap="viridis", vmin=0, vmax=1)
         entropy = head_entropy(sharpness * q, k)[0, 1:]  # (T - 1,): position 0 has no choice
         share = (entropy / torch.arange(2, T + 1).log()).mean()
-        label_panel(ax, f"{name}: entropy {entropy.mean():.2f} nats,\n{share:.2f} of uniform",
-                    "position that looks", "position looked at")
-    figure.colorbar(image, ax=axes, label="attention")
+        label_panel(ax, f"{name}: {entropy.mean():.2f} nats, {share:.2f} of uniform",
+                    "position that looks", "position looked at", width=24)
+    figure.colorbar(image, ax=axes, label="attention", location="bottom", shrink=0.5)
 
 
 @command
 def main():
     Parser(description="Draw the small figures of the README.").parse_args()
-    for name, draw, size in (("episode", draw_episode, (12, 4.2)),
-                             ("fomaml", draw_fomaml, (13, 4.8)),
-                             ("probes", draw_probes, (15, 4))):
+    for name, draw, size in (("episode", draw_episode, (17, 7)),
+                             ("fomaml", draw_fomaml, (17, 9.5)),
+                             ("probes", draw_probes, (20, 7.5))):
         figure = new_figure(*size)
         draw(figure)
         save_figure(figure, HERE / f"{name}.png")

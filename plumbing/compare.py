@@ -19,15 +19,15 @@ from plumbing.statistics import in_words, mean_and_spread
 # key in a line of the log -> in words
 COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs",
          "seconds": "seconds of training"}
-FEWSHOT = {"fewshot_before": "meta head before", "fewshot_after": "meta head after",
-           "fewshot_after_new": "meta head after*", "fewshot_prototype": "prototype*"}
+FEWSHOT = {"fewshot_before": "meta head, not adapted", "fewshot_after": "meta head, adapted",
+           "fewshot_after_new": "meta head, adapted*", "fewshot_prototype": "prototype*"}
 STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
 # These settings do not make a configuration.
 NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device",
                        "device_name", "head_parameters", "tokenizer_sha256", "unigram",
                        "bigram"}
 # Losses at which the costs of two groups are compared.
-LEVELS = 6
+LEVELS = 3
 
 
 # ---- groups ------------------------------------------------------------------------------------
@@ -181,57 +181,71 @@ def first_reach(costs, losses, level):
 # ---- in words ----------------------------------------------------------------------------------
 
 def comparison_table(result):
-    """What `compare` found, in words."""
-    names = "".join(f"{name:>18}" for name in FEWSHOT.values())
-    lines = [f"final figures; loss in {result['unit']} on validation text; "
-             "+- is the standard deviation over seeds",
-             f"{'':<20} {'loss':>16} {names}{'untrained prototype*':>22} {'chance':>8}"]
+    """What `compare` found, in words: a sentence, then the figures behind it."""
+    lines = [cost_sentence(result), "",
+             f"{'at the end':<24}{result['unit']:>18}"
+             + "".join(f"{name:>22}" for name in FEWSHOT.values())]
     for label, figures in result["groups"].items():
-        lines += final_rows(label, figures, result["loss"])
-    lines.append("* on queries that the previous-token look-up cannot answer")
-    first = next(iter(result["groups"]))
+        accuracies = [in_words(figures[key], "{:.1%}") if key in figures else "-"
+                      for key in FEWSHOT]
+        lines.append(f"{label[:23]:<24}{in_words(figures[result['loss']], '{:.3f}'):>18}"
+                     + "".join(f"{text:>22}" for text in accuracies))
+    lines += notes(result["groups"])
     for label, entry in result["sooner_by"].items():
-        lines += ["", f"{label} reaches the same held-out loss sooner than {first} by a factor of "
-                      "(below 1: later)",
-                  f"{'loss':>8} " + "".join(f"{name:>22}" for name in COSTS.values())]
+        lines += ["", f"what {label} needs for the same held-out loss as {first_of(result)}",
+                  f"{'loss':>8}" + "".join(f"{name:>22}" for name in COSTS.values())]
         for i, level in enumerate(entry["levels"]):
-            cells = [f"{ratio_in_words(entry[cost], i):>22}" for cost in COSTS]
-            lines.append(f"{level:8.3f} " + "".join(cells))
-        lines[-1] += "   the last common loss"
+            cells = [f"{cost_in_words(entry[cost], i):>22}" for cost in COSTS]
+            lines.append(f"{level:8.3f}" + "".join(cells))
         if "papers_reading" in entry:
             reading = entry["papers_reading"]
-            lines.append(f"the paper's reading, mixed training loss {reading['level']:.3f} against "
-                         f"updates: {ratio_in_words(reading, 0)} (where meta steps mix an easier "
-                         "question in: not a fair measure)")
+            lines.append(f"by the paper's reading, mixed training loss {reading['level']:.3f}: "
+                         f"{cost_in_words(reading, 0)} updates. That is no fair measure: meta "
+                         "steps mix an easier question in.")
     return "\n".join(lines)
 
 
-def final_rows(label, figures, loss):
-    """A group's row of final figures, and one of the standard errors over episodes."""
-    accuracies = [percentage(figures, key) for key in FEWSHOT]
-    untrained = chance = "-"
-    if "fewshot_prototype" in figures:
-        untrained = f"{figures['fewshot_prototype']['untrained']:.1%}"
-    if "fewshot_chance" in figures:
-        chance = f"{figures['fewshot_chance']['mean']:.1%}"
-    row = (f"{label:<20} {in_words(figures[loss], '{:.3f}'):>16} "
-           + "".join(f"{text:>18}" for text in accuracies) + f"{untrained:>22} {chance:>8}")
-    errors = [f"{FEWSHOT[key]} {figures[error]['mean']:.1%}"
-              for key, error in STANDARD_ERROR.items() if error in figures]
-    if not errors:
-        return [row]
-    return [row, f"{'':<20} standard error over episodes: {', '.join(errors)}"]
+def notes(groups):
+    """Lines below the table of final figures: what the numbers mean and how sure they are."""
+    chance = [figures["fewshot_chance"]["mean"] for figures in groups.values()
+              if "fewshot_chance" in figures]
+    lines = ["* on queries that the previous-token look-up cannot answer; +- is the standard "
+             "deviation over seeds"]
+    if chance:
+        lines.append(f"chance is {chance[0]:.1%}")
+    errors = [figures[key]["mean"] for figures in groups.values()
+              for key in STANDARD_ERROR.values() if key in figures]
+    if errors:
+        lines[-1] += (f"; over the episodes alone, an accuracy has a standard error of up to "
+                      f"{max(errors):.1%}")
+    return lines
 
 
-def percentage(figures, key):
-    return in_words(figures[key], "{:.1%}") if key in figures else "-"
+def first_of(result):
+    return next(iter(result["groups"]))
 
 
-def ratio_in_words(entry, i):
-    """The i-th of an entry's means with its spread, such as "0.66x +- 0.01"."""
-    if entry["mean"][i] is None:
+def cost_sentence(result):
+    """What the groups need in FLOPs for the last common loss, against the first one."""
+    sentences = []
+    for label, entry in result["sooner_by"].items():
+        words = cost_in_words(entry["flops"], -1)
+        if words == "never reached":
+            sentences.append(f"{label} and {first_of(result)} have no common loss")
+        else:
+            sentences.append(f"{label} needs {words} FLOPs than {first_of(result)} for the same "
+                             f"held-out loss")
+    return "; ".join(sentences)
+
+
+def cost_in_words(entry, i):
+    """The i-th of an entry's ratios, such as "1.52x more +- 0.02". The ratio says how many times
+    less is needed; below 1 it is turned over, and its spread with it."""
+    ratio = entry["mean"][i]
+    if not ratio:
         return "never reached"
-    text = f"{entry['mean'][i]:.2f}x"
+    text = f"{ratio:.2f}x fewer" if ratio >= 1 else f"{1 / ratio:.2f}x more"
     if entry["sd"] and entry["sd"][i] is not None:
-        text += f" +- {entry['sd'][i]:.2f}"
+        spread = entry["sd"][i] if ratio >= 1 else entry["sd"][i] / ratio ** 2
+        text += f" +- {spread:.2f}"
     return text

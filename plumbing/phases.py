@@ -19,6 +19,7 @@ CURVES = {
 }
 # The probes that phases need. A short run would show its first hump alone.
 FEWEST_PROBES = 12
+TOO_EARLY = f"fewer than {FEWEST_PROBES} probes: too early for phases"
 # Of monotone curves with noise of 5 % of their range and autocorrelation 0.6, none in forty
 # passes both bars; with 1/20 of the range one in six does.
 LARGEST_P = 0.005
@@ -152,17 +153,18 @@ def phases(lines):
 
 
 def phase_table(run_phases):
-    """The phases of a run in words: for each curve a row per layer, then what was found."""
+    """The phases of a run in words: for each curve what was found, then a row per layer."""
     if not run_phases:
-        return f"fewer than {FEWEST_PROBES} probes: too early for phases"
+        return TOO_EARLY
     lines = []
     for name, layers in run_phases.items():
-        lines += ["", name, " layer  bottom    peak  reconverged      rise      fall  verdict"]
+        lines += ["", f"{name}: {who_is_first(layers)}"]
         for i, found in enumerate(layers):
-            lines.append(f"{i:>6} {found['bottom']:>7} {found['peak']:>7} "
-                         f"{found['reconverged']:>12} {found['rise']:>9.3g} {found['fall']:>9.3g}"
-                         f"  {found['verdict']}")
-        lines.append("  " + who_is_first(layers))
+            row = f"  layer {i:>2}  {found['verdict']}"
+            if holds(found["verdict"], "rises, falls"):
+                row += (f" (from update {found['bottom']:,}; peak at {found['peak']:,}, back by "
+                        f"{found['reconverged']:,})")
+            lines.append(row)
     return "\n".join(lines)
 
 
@@ -170,8 +172,8 @@ def who_is_first(layers):
     """Which layers peak and reconverge first, in words."""
     humped = [i for i, found in enumerate(layers) if holds(found["verdict"], "rises, falls")]
     if not humped:
-        return (f"no layer of {len(layers)} fans out and then collapses (no rise and fall beyond "
-                f"autocorrelated noise, p < {LARGEST_P}, and an eighth of the range)")
+        return (f"no layer of {len(layers)} fans out and then collapses (no rise and fall is "
+                f"beyond noise, p < {LARGEST_P}, and an eighth of the range)")
     by_peak = sorted(humped, key=lambda i: (layers[i]["peak"], layers[i]["reconverged"]))
     by_end = sorted(humped, key=lambda i: layers[i]["reconverged"])
     return (f"{len(humped)} of {len(layers)} layers fan out, then collapse; first to peak: layers "
@@ -204,13 +206,22 @@ def count_layers(layers, shape):
 
 def phase_count_table(counts):
     """phase_counts in words."""
-    lines = ["", "in how many of its layers a curve does it (layer by layer: python probe.py RUN)",
-             " " * 48 + f"{'rise and fall':>16}{'fall and rise':>16}"]
+    if not any(counts.values()):
+        return f"\n{TOO_EARLY}"
+    lines = ["", most_humps(counts), " " * 48 + f"{'rise and fall':>16}{'fall and rise':>16}"]
     for curve, labels in counts.items():
         for i, (label, shapes) in enumerate(labels.items()):
             name = "" if i else curve
             figures = [f"{in_words(shape, '{:.1f}'):>16}" for shape in shapes.values()]
-            lines.append(f"{name:<28}{label:<20}" + "".join(figures))
-    if not any(counts.values()):
-        lines.append(f"fewer than {FEWEST_PROBES} probes: too early for phases")
+            lines.append(f"{name:<28}{label[:19]:<20}" + "".join(figures))
     return "\n".join(lines)
+
+
+def most_humps(counts):
+    """Where the paper's phases, a rise and then a fall, are seen in most layers, in words."""
+    found = [(shapes["rise and fall"]["mean"], curve, label)
+             for curve, labels in counts.items() for label, shapes in labels.items()]
+    layers, curve, label = max(found)
+    where = f"at most in {layers:.1f} layers ({curve}, {label})" if layers else "in no layer"
+    return (f"A curve rises and then falls, as the paper has it, {where}. Layers that do it, by "
+            "curve (one by one: python probe.py RUN):")

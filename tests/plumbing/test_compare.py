@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from made_up_runs import made_up_run
-from plumbing.compare import compare, comparison_table, first_reach, group_runs, sooner_by
+from plumbing.compare import (
+    compare, comparison_table, cost_in_words, first_reach, group_runs, sooner_by)
 
 
 def sooner(runs, label):
@@ -123,7 +124,16 @@ def test_final_figures_and_the_untrained_ones():
                                  "untrained": 10.0}
     assert final["fewshot_prototype"] == {"mean": 0.2, "sd": None, "untrained": 0.2}
     assert "fewshot_after" not in final
-    table = comparison_table(result)
-    assert "m reaches the same held-out loss sooner than v by a factor of" in table
-    last, = [line for line in table.splitlines() if line.endswith("the last common loss")]
-    assert last.split()[:5] == ["3.091", "1.60x", "1.60x", "1.60x", "1.60x"]
+    table = comparison_table(result).splitlines()
+    assert table[0] == "m needs 1.60x fewer FLOPs than v for the same held-out loss"
+    last, = [line for line in table if line.startswith("   3.091")]
+    assert last.split() == ["3.091"] + 4 * ["1.60x", "fewer"]
+
+
+@pytest.mark.parametrize("ratio, spread, words", [
+    (1.6, None, "1.60x fewer"), (0.4, None, "2.50x more"), (None, None, "never reached"),
+    (1.6, 0.1, "1.60x fewer +- 0.10"),
+    # 1 / 0.39 is 2.564 and 1 / 0.41 is 2.439: half of the difference is 0.06.
+    (0.4, 0.01, "2.50x more +- 0.06")])
+def test_a_ratio_below_one_is_turned_over(ratio, spread, words):
+    assert cost_in_words({"mean": [ratio], "sd": None if spread is None else [spread]}, 0) == words

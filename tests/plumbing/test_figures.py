@@ -44,5 +44,5 @@ def test_ranks_and_entropies_are_as_named(figures):
 def test_the_outer_loop_moves_the_start_to_where_few_steps_do(figures):
     figure = new_figure()
     figures.draw_fomaml(figure)
-    first, last = [float(loss) for loss in re.findall(r"\b0\.\d+", title(figure.axes[1]))]
+    last, first = [float(loss) for loss in re.findall(r"\b0\.\d+", title(figure.axes[1]))]
     assert last < 0.7 * first < 0.7 * np.log(2)
