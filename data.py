@@ -161,8 +161,8 @@ def looks_like_rest(piece):
 # ---- next-token batches ------------------------------------------------------------------------
 
 def lm_batch(tokens, number, batch_size, seq_len, seed):
-    """Batch `number` of a shuffled walk through tokens (n,): ids and targets, int64, each
-    (batch_size, seq_len). The targets are the ids one place further on.
+    """Batch `number` of a shuffled walk through tokens (n,), int64 (batch_size, seq_len + 1): the
+    ids are batch[:, :-1], and the targets, one place further on, batch[:, 1:].
 
     Each epoch visits every window once, in a new order and from a new offset. A batch depends on
     the arguments alone. So resuming needs no saved state, and vanilla and meta runs see the same
@@ -174,8 +174,7 @@ def lm_batch(tokens, number, batch_size, seq_len, seed):
         order, offset = epoch_order(seed, epoch, windows, seq_len)
         start = offset + int(order[i]) * seq_len
         rows.append(tokens[start:start + seq_len + 1])
-    batch = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T+1)
-    return batch[:, :-1], batch[:, 1:]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 @lru_cache(maxsize=2)

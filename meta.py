@@ -49,7 +49,11 @@ def adapt(module, fast, inputs, labels, inner_steps, inner_lr, second_order=Fals
         # Without autocast, which would compute the float32 head's gradients in bf16.
         with torch.autocast(inputs.device.type, enabled=False):
             grads = torch.autograd.grad(loss, tuple(fast.values()), create_graph=second_order)
-        fast = {name: p - inner_lr * g for (name, p), g in zip(fast.items(), grads)}
+        # p - inner_lr * g for each parameter p and its gradient g. A GPU does these for all
+        # parameters at once. The scaled gradients take the name of the others, whose memory is
+        # then free.
+        grads = torch._foreach_mul(grads, inner_lr)
+        fast = dict(zip(fast, torch._foreach_sub(list(fast.values()), grads)))
     return fast
 
 

@@ -24,7 +24,7 @@ from meta import (FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, met
                   meta_loss)
 from model import SIZES, Config, Decoder, generate, lm_flops
 from plumbing import processes
-from plumbing.commands import Parser, UserError, command, filled, number
+from plumbing.commands import Failure, Parser, UserError, command, filled, number
 from plumbing.machine import compiled, device_in_words, peak_memory, precision, to_device
 from plumbing.ngrams import ngram_losses
 from plumbing.pictures import save_dynamics
@@ -51,7 +51,9 @@ def loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     micro_batch_size = args.batch_size // args.grad_accum
     autocast = precision(device)
-    backbone = compiled(decoder.model)
+    backbone, seconds = compiled(decoder.model, args.steps, training_shapes(args))
+    if seconds and processes.is_first():
+        run.bar.write(f"compiled in {seconds:.0f} s, which the log does not count")
     # The compiled backbone has no second derivatives, and adapting the backbone may need them.
     meta_backbone = backbone if args.inner == "head" else decoder.model
     cost = {"lm": lm_cost(args, decoder), "meta": meta_cost(args, decoder, meta_head)}
@@ -85,25 +87,32 @@ def loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run):
                 else:
                     # Numbered by next-token updates, so that a meta step skips no text.
                     batch_number = run.lm_steps * args.grad_accum + micro
-                    ids, targets = data.lm_batch(corpus.train, batch_number, micro_batch_size,
-                                                 args.seq_len, args.seed)  # (B, T) each
-                    ids, targets = to_device(ids, device), to_device(targets, device)
-                    loss, accuracies = decoder.loss(ids, targets, backbone), {}
+                    batch = data.lm_batch(corpus.train, batch_number, micro_batch_size,
+                                          args.seq_len, args.seed)
+                    batch = to_device(batch, device)  # (B, T+1)
+                    loss, accuracies = decoder.loss(batch[:, :-1], batch[:, 1:], backbone), {}
             (loss / args.grad_accum).backward()
             add_figures(figures, {"loss": loss} | accuracies, args.grad_accum)
         processes.sum_over_processes(parameters, figures)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        # Skip an update whose loss or gradient is not finite. The fused AdamW changes nothing if
-        # found_inf is 1, and the host need not wait to know.
-        is_finite = (figures["loss"] + grad_norm).isfinite()
-        optimizer.found_inf = (~is_finite).float()
         lr = set_learning_rate(optimizer, step, args)
-        optimizer.step()
+        # Skip an update whose loss or gradient is not finite.
+        step_if(optimizer, (figures["loss"] + grad_norm).isfinite())
         optimizer.zero_grad()
         # Counts the update: run.step is now step + 1. The figures are still tensors. run.flush
         # reads and logs them every 10 updates, and there the host waits for the device.
         run.log_update(kind, *cost[kind], figures | {"lr": lr, "grad_norm": grad_norm})
     run.flush()
+
+
+def training_shapes(args):
+    """[(rows, length, whether a gradient follows)] of the batches that the compiled backbone
+    gets."""
+    shapes = [(args.batch_size // args.grad_accum, args.seq_len, True)]
+    if args.meta and args.inner == "head":
+        shapes += [(args.n_way * args.k_shot, args.episode_len, args.second_order),
+                   (args.n_way * args.n_query, args.episode_len, True)]
+    return shapes
 
 
 def is_meta_step(step, args):
@@ -122,6 +131,19 @@ def set_learning_rate(optimizer, step, args):
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"]
     return lr
+
+
+def step_if(optimizer, is_finite):
+    """optimizer.step(), which changes nothing unless is_finite, a bool tensor, is true.
+
+    The fused AdamW changes nothing if found_inf is 1, and so the host need not wait to know. That
+    of Apple's GPUs may ignore found_inf. There the host waits."""
+    if is_finite.device.type == "mps":
+        if is_finite.item():
+            optimizer.step()
+        return
+    optimizer.found_inf = (~is_finite).float()
+    optimizer.step()
 
 
 def learning_rate(step, args):
@@ -382,11 +404,27 @@ def add_meta_flags(add):
         help="full MAML: differentiate through the inner loop")
 
 
+def out_of_memory(args):
+    """One line: what the device's memory was too small for, and which flags need less."""
+    rows = args.batch_size // args.grad_accum
+    message = (f"error: out of memory on the device with --size {args.size} and {rows} sequences "
+               f"of {args.seq_len} tokens at a time: lower --batch-size or --seq-len, or raise "
+               "--grad-accum")
+    if args.meta:
+        rows = args.n_way * (args.k_shot + args.n_query)
+        message += (f"; if it was an episode of {rows} rows of {args.episode_len} tokens, lower "
+                    "--n-way, --k-shot or --episode-len")
+    return message
+
+
 @command
 def main():
     args, _ = parse()
     with processes.left_in_the_end():
-        sys.exit(train(args))
+        try:
+            sys.exit(train(args))
+        except torch.OutOfMemoryError:
+            raise Failure(out_of_memory(args)) from None
 
 
 if __name__ == "__main__":

@@ -31,7 +31,16 @@ def attend(q, k, v, causal):
     on_cpu = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32)
     if causal and fits and on_cpu:
         return TiledAttention.apply(q, k, v)
+    if q.device.type == "cuda" and q.dtype == torch.float32:
+        # CUDA has no fused kernel for this type that shares key heads. Without one, all (T, T)
+        # scores are held.
+        k, v = key_head_of_each_query_head(k, n_head), key_head_of_each_query_head(v, n_head)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+
+def key_head_of_each_query_head(k, n_head):
+    """Keys or values (B, n_kv_head, T, head_dim), repeated: (B, n_head, T, head_dim)."""
+    return k.repeat_interleave(n_head // k.shape[1], dim=1)
 
 
 class TiledAttention(torch.autograd.Function):

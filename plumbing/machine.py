@@ -1,9 +1,13 @@
 """What the machine offers: devices, precision, compilation, memory."""
+import copy
 import importlib.util
 import platform
 import sys
+import time
+import warnings
 
 import torch
+import torch.nn as nn
 
 from plumbing.commands import UserError
 
@@ -12,10 +16,17 @@ try:
 except ImportError:  # Windows has none
     resource = None
 
+# On a GPU a backbone is compiled if it is wider than this or if the run has at least so many
+# updates. Both are estimates, since no GPU was at hand: compiling takes some seconds at any width,
+# and the default run of the smallest decoder may be over in less than a minute.
+NARROW, LONG_RUN = 96, 5000
+
 
 def pick_device(name=None):
-    """torch.device: the named one, or the best that is here (cuda, then mps, then cpu). Raises
-    UserError."""
+    """torch.device: the named one, or the best that is here (cuda, then mps, then cpu). A GPU with
+    a number becomes the current one, which `precision` looks at. Raises UserError."""
+    if name is None:
+        check_driver()
     if torch.cuda.is_available():
         best = "cuda"
     elif torch.backends.mps.is_available():
@@ -27,11 +38,29 @@ def pick_device(name=None):
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("not cuda, mps or cpu")
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0][:80]
         raise UserError(f"the device {name} cannot be used ({reason}): "
                         f"try --device {best}") from None
     return device
+
+
+def check_driver():
+    """Raise UserError if there is a GPU whose driver is too old for this PyTorch, which would
+    compute on the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own words, which the message replaces
+        if not torch.backends.cuda.is_built() or torch.cuda.is_available():
+            return
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        if "too old" in str(error):
+            raise UserError(f"the driver of the GPU is too old for PyTorch {torch.__version__}: "
+                            "update the driver, install a PyTorch for an older CUDA, or take the "
+                            "CPU with --device cpu") from None
 
 
 def precision(device):
@@ -49,14 +78,36 @@ def precision(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bf16)
 
 
-def compiled(backbone):
-    """The backbone, compiled if it is on a GPU and Triton is here.
+def worth_compiling(backbone, updates):
+    """Whether a run of so many updates compiles its backbone: on a GPU, with Triton, unless the
+    run is too small to make up for it."""
+    on_gpu = backbone.cos.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return on_gpu and (len(backbone.norm.weight) > NARROW or updates >= LONG_RUN)
 
-    Each shape is compiled once. Training has few shapes and needs first derivatives only.
-    Evaluation and sampling, which have many shapes, use the backbone itself."""
-    if backbone.cos.device.type == "cuda" and importlib.util.find_spec("triton"):
-        return torch.compile(backbone, dynamic=False)
-    return backbone
+
+def compiled(backbone, updates, shapes=()):
+    """(the backbone as training runs it, seconds): compiled if that is worth it, or as it is.
+
+    What is compiled is a layer. All layers share its code, which is a twelfth of the backbone's,
+    and each shape has its own. shapes are (rows, length, whether a gradient follows) of training's
+    batches: they are compiled here, and the seconds say how long that took.
+    Training has few shapes and needs first derivatives only. Evaluation and sampling, which have
+    many shapes, use the backbone itself."""
+    if not worth_compiling(backbone, updates):
+        return backbone, 0.0
+    started = time.perf_counter()
+    twin = copy.copy(backbone)  # with the same parameters
+    twin._modules = dict(backbone._modules)  # of its own, so that the backbone keeps its layers
+    twin.layers = nn.ModuleList(torch.compile(layer, dynamic=False) for layer in backbone.layers)
+    device = backbone.cos.device
+    for rows, length, with_gradient in shapes:
+        ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        with precision(device), torch.set_grad_enabled(with_gradient):
+            out = twin(ids)
+        if with_gradient:
+            out.sum().backward()
+    backbone.zero_grad()
+    return twin, time.perf_counter() - started
 
 
 def to_device(tensor, device):

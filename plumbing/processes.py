@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from plumbing.commands import Failure, UserError
-from plumbing.machine import pick_device
+from plumbing.machine import check_driver, pick_device
 
 
 
@@ -41,11 +41,15 @@ def start(device_name):
     own. Raises UserError."""
     if COUNT == 1:
         return pick_device(device_name)
-    if device_name in (None, "cuda"):
-        device_name = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
+    if device_name is None:
+        check_driver()
+        device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_name.startswith("cuda:"):
+        raise UserError(f"--device {device_name} is one GPU for {COUNT} processes: with --device "
+                        "cuda each takes its own")
+    if device_name == "cuda":
+        device_name = f"cuda:{own_gpu()}"
     device = pick_device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -53,6 +57,13 @@ def start(device_name):
         raise UserError(f"cannot meet the other processes ({error}): start them with "
                         "torchrun") from None
     return device
+
+
+def own_gpu():
+    """The number of the GPU for this process. Where something like SLURM shows each process one
+    GPU alone, its number is 0."""
+    shown_one = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    return 0 if shown_one else LOCAL_RANK
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ import data  # noqa: E402
 import probe  # noqa: E402
 from meta import HIDDEN, MetaHead, adapt, meta_flops, meta_loss  # noqa: E402
 from model import SIZES, Config, Decoder, backbone_flops, lm_flops  # noqa: E402
-from plumbing.machine import compiled, peak_memory, pick_device, precision  # noqa: E402
+from plumbing.machine import LONG_RUN, compiled, peak_memory, pick_device, precision  # noqa: E402
 
 # A next-token step: rows and tokens in each.
 BATCH, LENGTH = 8, 256
@@ -92,7 +92,8 @@ def matmul_peak(device):
 
 @dataclass
 class Models:
-    """What the steps train. The backbone is the decoder's, compiled where training compiles it."""
+    """What the steps train. The backbone is the decoder's, compiled where a long run compiles
+    it."""
     device: torch.device
     decoder: Decoder
     backbone: torch.nn.Module
@@ -107,7 +108,8 @@ def build_models(size, vocab_size, device):
     meta_head = MetaHead(config.d_model, "slots", WAY, 0, generator).to(device)
     parameters = [*decoder.parameters(), *meta_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    return Models(device, decoder, compiled(decoder.model), meta_head, optimizer)
+    backbone, _ = compiled(decoder.model, LONG_RUN)
+    return Models(device, decoder, backbone, meta_head, optimizer)
 
 
 class PapersLearner(torch.nn.Module):

@@ -18,22 +18,22 @@ def test_batches_walk_through_each_window_once():
     tokens = np.arange(1000, dtype=np.uint16)
     starts = []
     for number in range(9):  # 49 windows of 20 in an epoch's reach: 1000 / 20 - 1
-        ids, targets = data.lm_batch(tokens, number, 5, 20, seed=3)
-        assert (targets == ids + 1).all()
-        assert ids.shape == (5, 20)
-        starts += ids[:, 0].tolist()
+        batch = data.lm_batch(tokens, number, 5, 20, seed=3)
+        assert batch.shape == (5, 21)
+        assert (batch[:, 1:] == batch[:, :-1] + 1).all()
+        starts += batch[:, 0].tolist()
     assert len(set(starts)) == 45
     assert len({start % 20 for start in starts}) == 1
 
 
 def test_a_batch_is_a_function_of_the_seed_and_its_number():
     tokens = np.arange(1000, dtype=np.uint16)
-    batch, again, other = [data.lm_batch(tokens, 4, 5, 20, seed)[0] for seed in (3, 3, 4)]
+    batch, again, other = [data.lm_batch(tokens, 4, 5, 20, seed) for seed in (3, 3, 4)]
     assert (batch == again).all()
     assert (batch != other).any()
     # The walk does not depend on the batch size.
-    two = np.concatenate([data.lm_batch(tokens, number, 4, 20, 3)[0] for number in (0, 1)])
-    assert (two == data.lm_batch(tokens, 0, 8, 20, 3)[0].numpy()).all()
+    two = np.concatenate([data.lm_batch(tokens, number, 4, 20, 3) for number in (0, 1)])
+    assert (two == data.lm_batch(tokens, 0, 8, 20, 3).numpy()).all()
 
 
 # ---- episodes ----------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """Chapter 5: the schedule, the coin, and whole runs from their flags to what they write."""
 import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import train
+from plumbing import machine
 from plumbing.checkpoints import load_checkpoint
+from plumbing.runs import Run
 
 # A run that a test below looks at from all sides.
 HYBRID = ("--meta", "--steps", 120, "--eval-every", 60, "--probe-every", 50, "--inner-lr", 0.3)
@@ -152,9 +155,8 @@ def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, t
     original = train.data.lm_batch
 
     def record(batches, *arguments):
-        ids, targets = original(*arguments)
-        batches.append(ids)
-        return ids, targets
+        batches.append(original(*arguments))
+        return batches[-1]
 
     flags = ("--steps", 12, "--eval-every", 99, "--grad-accum", 2, "--probe-every", 99)
     for name, extra in (("vanilla", []), ("hybrid", ["--meta"])):
@@ -162,43 +164,91 @@ def test_vanilla_and_hybrid_see_the_same_tokens_in_the_same_order(monkeypatch, t
         assert train_here(*flags, "--name", name, *extra) == 0
     assert len(seen["vanilla"]) == 24
     assert 0 < len(seen["hybrid"]) < 24
-    assert seen["vanilla"][0].shape == (2, 32)
+    assert seen["vanilla"][0].shape == (2, 33)
     for a, b in zip(seen["vanilla"], seen["hybrid"]):
         assert torch.equal(a, b)
 
 
-def test_a_compiled_run_compiles_three_shapes_and_learns_the_same(
-        monkeypatch, train_here, tmp_path):
-    """On a CPU, without a code generator. Next-token, support and query rows are compiled;
-    evaluation and the sample are not."""
+def test_a_compiled_run_compiles_one_layer_for_three_shapes_and_learns_the_same(
+        monkeypatch, train_here, tmp_path, capsys):
+    """On a CPU, without a code generator. Next-token, support and query rows are compiled, before
+    the first update; evaluation and the sample are not."""
     shapes, losses = [], {}
     monkeypatch.setattr(train, "Config", functools.partial(train.Config, n_layer=2))
 
     def record(graph, inputs):
-        for tensor in inputs:
-            if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
-                shapes.append(tuple(tensor.shape))
+        states = [tensor for tensor in inputs if tensor.dim() == 3 and tensor.shape[2] == 96]
+        shapes.extend(tuple(tensor.shape[:2]) for tensor in states)
         return graph.forward
 
-    def unchanged(backbone):
-        return backbone
+    def compile_and_record(module, dynamic):
+        return original(module, dynamic=dynamic, backend=record)
 
+    def first_update(run):
+        assert len(shapes) in (0, len(expected)), "compiled during training"
+        start_clock(run)
+
+    original, start_clock = torch.compile, Run.start_clock
+    monkeypatch.setattr(torch, "compile", compile_and_record)
+    monkeypatch.setattr(Run, "start_clock", first_update)
+    expected = [(4, 32), (8, 16), (4, 16)]
     flags = ("--meta", "--meta-start", 0, "--n-query", 1, "--steps", 6, "--eval-every", 6,
              "--probe-every", 99)
-    compiling = functools.partial(torch.compile, backend=record, dynamic=False)
-    for name, compiled in (("plain", unchanged), ("compiled", compiling)):
-        monkeypatch.setattr(train, "compiled", compiled)
+    for name, is_worth_it in (("plain", False), ("compiled", True)):
+        monkeypatch.setattr(machine, "worth_compiling", lambda *args: is_worth_it)
         assert train_here(*flags, "--name", name) == 0
         losses[name] = [line["loss"] for line in updates_in(read_log(tmp_path / "runs" / name))]
-    assert sorted(shapes) == [(4, 16), (4, 32), (8, 16)]
-    assert losses["plain"] == pytest.approx(losses["compiled"], abs=1e-4)
+        assert ("compiled in" in capsys.readouterr().out) == is_worth_it
+    assert shapes == expected
+    assert losses["plain"] == losses["compiled"]
     assert len(losses["plain"]) == 6
     # A compiled backbone has no second derivative, which adapting it needs.
     shapes.clear()
+    expected = [(4, 32)]
     torch.compiler.reset()
     assert train_here("--inner", "all", "--inner-steps", 2, "--second-order", *flags,
                       "--name", "all") == 0
-    assert shapes == [(4, 32)]
+    assert shapes == expected
+
+
+# ---- what can go wrong -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_device_is_told_in_one_line_by_any_process(rank, monkeypatch, train_here, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "evaluate", lambda *args: {})
+    monkeypatch.setattr(train.Decoder, "loss", fail)
+    monkeypatch.setattr(train.processes, "RANK", rank)
+    with pytest.raises(SystemExit) as error:
+        train_here("--steps", 2, "--grad-accum", 2, main=True)
+    assert error.value.code == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "2 sequences of 32 tokens" in said
+    for flag in ("--batch-size", "--grad-accum", "--seq-len"):
+        assert flag in said
+    assert "--n-way" not in said
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_an_update_that_is_not_finite_changes_nothing(is_finite):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    weight.grad = torch.ones(3)
+    train.step_if(optimizer, torch.tensor(is_finite))
+    assert torch.equal(weight.detach(), torch.ones(3)) != is_finite
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_on_mps_the_host_decides_whether_to_step(is_finite):
+    """On a stand-in, since the fused AdamW there may ignore found_inf."""
+    steps = []
+    optimizer = SimpleNamespace(step=lambda: steps.append(1))
+    on_mps = SimpleNamespace(device=torch.device("mps"), item=lambda: is_finite)
+    train.step_if(optimizer, on_mps)
+    assert len(steps) == is_finite
 
 
 def test_a_quiet_run_says_what_it_reached_and_no_more(train_here, capsys):

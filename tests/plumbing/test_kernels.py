@@ -54,6 +54,15 @@ def test_loss_of_a_sure_and_wrong_model(with_grad):
 
 # ---- attention ---------------------------------------------------------------------------------
 
+def test_repeated_key_heads_give_what_shared_ones_give():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = [torch.randn(2, heads, 7, 8, generator=generator) for heads in (6, 2, 2)]
+    shared = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    repeated = [kernels.key_head_of_each_query_head(tensor, 6) for tensor in (k, v)]
+    alone = F.scaled_dot_product_attention(q, *repeated, is_causal=True)
+    assert torch.allclose(shared, alone, atol=1e-6)
+
+
 def is_tiled(out):
     """Whether TiledAttention made this tensor."""
     return "Tiled" in type(out.grad_fn).__name__

@@ -8,32 +8,74 @@ from plumbing import machine
 from plumbing.commands import UserError
 
 
-def test_compiles_where_a_gpu_and_triton_are(monkeypatch, tiny):
-    asked, here = [], ["triton"]
+# ---- compilation -------------------------------------------------------------------------------
 
-    def compile_module(module, **flags):
-        asked.append((module, flags))
-        return "compiled"
+def backbone_on(device, d_model):
+    """What worth_compiling asks of a backbone."""
+    return SimpleNamespace(cos=SimpleNamespace(device=torch.device(device)),
+                           norm=SimpleNamespace(weight=torch.ones(d_model)))
 
-    def find_spec(name):
-        return name if name in here else None
 
-    monkeypatch.setattr(torch, "compile", compile_module)
-    monkeypatch.setattr(machine.importlib.util, "find_spec", find_spec)
-    assert machine.compiled(tiny.model) is tiny.model
-    assert not asked
-    on_gpu = SimpleNamespace(cos=SimpleNamespace(device=torch.device("cuda", 1)))
-    assert machine.compiled(on_gpu) == "compiled"
-    assert asked == [(on_gpu, {"dynamic": False})]
-    here.clear()
-    assert machine.compiled(on_gpu) is on_gpu
+@pytest.mark.parametrize("device, triton, d_model, updates, worth_it", [
+    ("cuda:1", True, 384, 1, True), ("cuda:1", True, 96, 5000, True),
+    ("cuda:1", True, 96, 2000, False),
+    ("cuda:1", False, 384, 9000, False), ("cpu", True, 384, 9000, False)])
+def test_compiles_on_a_gpu_unless_decoder_and_run_are_small(
+        device, triton, d_model, updates, worth_it, monkeypatch):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: name if triton else None)
+    assert machine.worth_compiling(backbone_on(device, d_model), updates) == worth_it
 
+
+def test_a_backbone_that_is_not_compiled_is_itself(tiny):
+    backbone, seconds = machine.compiled(tiny.model, 9000, [(2, 4, True)])
+    assert backbone is tiny.model
+    assert seconds == 0
+
+
+# ---- devices -----------------------------------------------------------------------------------
 
 def test_the_named_device_is_taken_and_an_unusable_one_refused():
     assert machine.pick_device("cpu") == torch.device("cpu")
     for name in ("cuda:99", "nonsense"):
         with pytest.raises(UserError, match=f"{name} cannot be used .*: try --device "):
             machine.pick_device(name)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two GPUs, of which only the second one has bf16; returns {"current": number}."""
+    state = {"current": 0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: state.update(current=device.index))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation: state["current"] == 1)
+    return state
+
+
+def test_the_precision_is_that_of_the_named_gpu(two_gpus, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: enabled)
+    assert machine.precision(machine.pick_device("cuda")) is False
+    assert machine.precision(machine.pick_device("cuda:1")) is True
+    assert two_gpus == {"current": 1}
+
+
+@pytest.mark.parametrize("said, refused", [
+    ("The NVIDIA driver on your system is too old (found version 11040).", True),
+    ("Found no NVIDIA driver on your system.", False)])
+def test_a_driver_that_is_too_old_is_no_reason_to_train_on_the_cpu(said, refused, monkeypatch):
+    def fail():
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    if refused:
+        with pytest.raises(UserError, match="driver of the GPU is too old .* --device cpu"):
+            machine.pick_device()
+    else:
+        assert machine.pick_device() == torch.device("cpu")
+    assert machine.pick_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("capabilities, has_bf16", [
