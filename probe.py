@@ -3,6 +3,7 @@
     python probe.py runs/11m-meta                    # pictures and a table of phases of one run
     python probe.py runs/11m-vanilla runs/11m-meta   # comparison at equal cost
     python probe.py runs/11m-meta --live             # redraw dynamics.png while the job runs
+    python probe.py runs/pico-tiny                   # one measurement of an imported model
 
 Read `effective_rank` and `head_entropy` first. `measure` applies them to a decoder and makes the
 probe lines of a run's log; train.py calls it. A phase is a rise or a fall of such a curve over
@@ -13,9 +14,13 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
+from model import load_run
+from plumbing.checkpoints import NEWEST
 from plumbing.commands import Parser, errors_in_one_line
 from plumbing.compare import compare, comparison_table, group_runs
 from plumbing.files import write_atomically
@@ -23,9 +28,12 @@ from plumbing.kernels import cross_entropy
 from plumbing.logs import read_run
 from plumbing.phases import phase_count_table, phase_counts, phase_table, phases
 from plumbing.pictures import draw_comparison, follow, save_dynamics, save_figure
+from plumbing.tokenizer import END, load_encoding
 
 # Validation windows in the batch that train.py probes.
 PROBE_WINDOWS = 4
+# Tokens in the windows of a model without a log; runs have --seq-len, 128 by default.
+ONCE_LENGTH = 128
 
 
 # ---- measures ----------------------------------------------------------------------------------
@@ -70,7 +78,7 @@ def head_entropy(q, k):
     return torch.stack(entropies)
 
 
-def measure(decoder, batch):
+def measure(decoder, batch, show_progress=False):
     """The figures of a probe line, from validation windows batch (B, T+1).
 
     effective_rank, one value per layer: of the centred hidden states, and the mean over the
@@ -92,7 +100,8 @@ def measure(decoder, batch):
     ranks = {name: [] for name in matrices}
     shares = {name: [] for name in matrices}
     for name, groups in matrices.items():  # a group of matrices for each layer
-        for group in groups:
+        for group in tqdm(groups, desc=f"rank of {name}", unit="layer",
+                          disable=None if show_progress else True):
             values = [effective_rank(matrix) for matrix in group]
             largest = [min(matrix.shape) for matrix in group]
             ranks[name].append(mean(values))
@@ -142,6 +151,43 @@ def is_probe_step(step, every, last):
     return step % every == 0 or step == last or (step < every and is_power_of_two)
 
 
+# ---- a model without a log ---------------------------------------------------------------------
+
+def has_no_log(folder):
+    """Whether a run has weights but no log, as imported models have none."""
+    return (folder / NEWEST).exists() and not (folder / "metrics.jsonl").exists()
+
+
+def measure_once(folder, cache=None):
+    """The figures of `measure` for a run's weights, on the default validation text in its own
+    tokens. Raises UserError."""
+    decoder, _ = load_run(folder)
+    encoding = load_encoding(folder)
+    corpus = data.load(cache=cache)
+    tokens = []
+    documents = corpus.encoding.decode(corpus.val.tolist()).split(END)
+    for document in tqdm(documents, desc="tokenizing", unit="document", disable=None):
+        tokens += encoding.encode_ordinary(document)
+        if encoding.eot_token is not None:
+            tokens.append(encoding.eot_token)
+    length = min(ONCE_LENGTH, decoder.config.context)
+    windows = data.validation_windows(np.array(tokens), length, PROBE_WINDOWS)
+    return measure(decoder, windows, show_progress=True)
+
+
+def layer_table(figures):
+    """The figures of `measure` in words, a row for each layer."""
+    ranks, entropy = figures["effective_rank"], figures["head_entropy"]
+    header = "".join(f"{name:>16}" for name in [*ranks, "entropy (nats)", "of uniform"])
+    lines = ["effective rank of hidden states, weights and gradients, and attention entropy",
+             f"{'layer':>6}{header}"]
+    for layer, nats in enumerate(entropy["nats"]):
+        values = [rank[layer] for rank in ranks.values()]
+        values += [mean(nats), mean(entropy["normalised"][layer])]
+        lines.append(f"{layer:>6}" + "".join(f"{value:>16.2f}" for value in values))
+    return "\n".join(lines)
+
+
 # ---- the command -------------------------------------------------------------------------------
 
 def parse():
@@ -154,6 +200,8 @@ def parse():
     add("--live", action="store_true", help="redraw dynamics.png while the job runs")
     add("--out", type=Path, default=Path("compare"),
         help="folder for compare.png and compare.json (default: compare)")
+    add("--cache", help="folder of prepared texts, for a model without a log (default: nanomaml "
+                        "under $XDG_CACHE_HOME or ~/.cache)")
     return parser.parse_args(), parser
 
 
@@ -189,6 +237,12 @@ def compare_runs(logs, found, out):
 def main():
     args, parser = parse()
     with errors_in_one_line(parser):
+        without_log = [folder for folder in args.runs if has_no_log(folder)]
+        if without_log and (args.live or len(args.runs) > 1):
+            parser.error(f"{without_log[0]} has no log: look at it alone, without --live")
+        if without_log:
+            print(layer_table(measure_once(args.runs[0], args.cache)))
+            return
         if args.live:
             if len(args.runs) > 1:
                 parser.error("--live follows one run")

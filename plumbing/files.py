@@ -5,8 +5,10 @@ temporary name, flushed to the disk and then renamed, and a rename is atomic.
 """
 import contextlib
 import errno
+import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from plumbing.commands import UserError
@@ -39,6 +41,33 @@ def write_atomically(path, content):
     """Write text or bytes. At every instant the path holds the old or the new content whole."""
     with replacing(Path(path)) as file:
         file.write(content if isinstance(content, bytes) else content.encode())
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A temporary folder to fill, which becomes `folder` when the block ends. Raises OSError."""
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.",
+                                     suffix=TEMPORARY, ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+        Path(temporary).chmod(0o755)
+        Path(temporary).rename(folder)
+
+
+def read_json(path, most):
+    """The object in a JSON file of at most `most` bytes, a dict. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing, or no file")
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError):
+        value = None
+    if len(content) > most or not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object of at most {most:,} bytes")
+    return value
 
 
 def lock_folder(folder):

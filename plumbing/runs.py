@@ -74,6 +74,9 @@ def check_settings(folder, args, settings):
     except UserError:
         raise UserError(f"{folder / 'config.json'} cannot be read: "
                         "choose another --name") from None
+    if "model_type" in old:
+        raise UserError(f"{folder} holds an imported model, which cannot be trained further: "
+                        "choose another --name")
     changes = []
     for flag in vars(args):
         if flag not in FREE_FLAGS and old.get(flag) != settings[flag]:

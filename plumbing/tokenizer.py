@@ -13,14 +13,13 @@ import regex  # tiktoken's own dependency: it understands \p{...} as tiktoken do
 import tiktoken
 from tqdm import tqdm
 
+from plumbing import byte_level
+from plumbing.byte_level import END, MASK, PATTERN
 from plumbing.commands import UserError
 from plumbing.text import is_validation
 
-END, MASK = "<|endoftext|>", "<|mask|>"
 FILE = "tokenizer.tiktoken"
 
-# GPT-2's rule for cutting text into pre-tokens. No token reaches across two of them.
-PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 # The tokenizer learns from this many characters of training text.
 SAMPLE = 64_000_000
 # It keeps counts of this many different pre-tokens. Beyond that, the rarer half is dropped.
@@ -141,7 +140,10 @@ def save_tokens(tokens, folder):
 
 
 def load_encoding(folder):
-    """The tiktoken.Encoding of a run or a prepared text. Raises UserError."""
+    """The tiktoken.Encoding of a run or a prepared text, or the ByteLevelEncoding of an imported
+    run. Raises UserError."""
+    if (Path(folder) / byte_level.FILE).exists():
+        return byte_level.read_tokenizer(Path(folder))
     try:
         lines = (Path(folder) / FILE).read_bytes().splitlines()
         tokens = [base64.b64decode(line.split()[0]) for line in lines]
