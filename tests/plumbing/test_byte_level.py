@@ -205,9 +205,10 @@ def test_a_missing_or_broken_file_is_refused(tmp_path):
 
 def random_text(rng):
     """Text of words, spaces, digits, accents in both forms, and other scripts."""
-    parts = ["the", " cat", " Cat", "'s", "'S", "'LL", "  ", "     ", " ", "\n", "\r\n", "\t", "12",
-             "3456", "½", "é", "e\u0301", "a\u0327\u0301", "日本", " 語", "\u1100\u1161", "🙂",
-             "\u00a0", "\u2003", "\x1c", "\x85", "ſ", "'ſ", "ß", "...", "-->", "_x", "z", "|||IP|||"]
+    parts = ["the", " cat", " Cat", "'s", "'S", "'LL", "  ", "     ", " ", "\n", "\r\n", "\t",
+             "12", "3456", "½", "é", "e\u0301", "a\u0327\u0301", "日本", " 語", "🙂",
+             "\u1100\u1161", "\u00a0", "\u2003", "\x1c", "\x85", "ſ", "'ſ", "ß", "...",
+             "-->", "_x", "z", "|||IP|||"]
     return "".join(rng.choice(parts) for _ in range(rng.randint(0, 60)))
 
 
