@@ -5,6 +5,7 @@ nothing is unpickled.
 """
 import json
 import math
+import sys
 
 from tqdm import tqdm
 
@@ -60,6 +61,7 @@ def import_folder(folder, out, shapes):
     kind = source["model_type"].partition("_")[0]  # llama or pico
     settings = {"name": out.resolve().name, "size": f"{kind}-{parameters / 1e6:.0f}m",
                 "parameters": parameters, "imported_from": folder.resolve().name}
+    print(f"writing {out}", file=sys.stderr)
     with new_folder(out) as temporary:
         config = model_config(fields, encoding.eot_token) | settings
         write_atomically(temporary / "config.json", json.dumps(config, indent=1))
@@ -92,19 +94,18 @@ def config_fields(config, place):
 
 
 def unknown_features(config, rope):
-    """What a config.json asks for that the decoder lacks, in words; None if there is nothing."""
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in (
-            None, "default"):
-        return "scaled rotary positions"
-    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1:
-        return "rotary positions in a part of each head"
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        return "biases"
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        return f"the activation {config['hidden_act']!r:.20}"
-    if config.get("quantization_config"):
-        return "quantized weights"
-    return None
+    """What a config.json asks for that the decoder lacks, in words; "" if there is nothing."""
+    settings = rope if isinstance(rope, dict) else {"type": rope}
+    part = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    activation = config.get("hidden_act", "silu")
+    unknown = {
+        "scaled rotary positions":
+            settings.get("rope_type", settings.get("type", "default")) != "default",
+        "rotary positions in a part of each head": part != 1,
+        "biases": config.get("attention_bias") or config.get("mlp_bias"),
+        f"the activation {activation!r:.20}": activation not in ("silu", "swish"),
+        "quantized weights": config.get("quantization_config")}
+    return ", ".join(name for name, is_asked_for in unknown.items() if is_asked_for)
 
 
 def check_fields(fields, names, place):

@@ -326,14 +326,26 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(UserError, match=said):
             import_run(folder, tmp_path / "run")
         assert not (tmp_path / "run").exists()
-    # A run whose config.json was altered since is refused before it takes any memory.
+
+
+def test_an_altered_run_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
+    tensors = llama_tensors(LLAMA)
     import_run(write_folder(tmp_path / "in", LLAMA, tensors), tmp_path / "run")
-    for key, value in (("vocab_size", 10 ** 9), ("intermediate_size", 10 ** 9), ("head_dim", 6)):
-        settings = json.loads((tmp_path / "run" / "config.json").read_text())
-        (tmp_path / "run" / "config.json").write_text(json.dumps(settings | {key: value}))
+    built = []
+
+    class Recorded(Decoder):
+        def __init__(self, config):
+            super().__init__(config)
+            built.append(self.lm_head.weight.is_meta)
+
+    monkeypatch.setattr(model, "Decoder", Recorded)
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    for changes in ({"vocab_size": 301}, {"intermediate_size": 41}, {"head_dim": 6}):
+        path.write_text(json.dumps(settings | changes))
         with pytest.raises(UserError, match="does not fit its config.json"):
             model.load_run(tmp_path / "run")
-        (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    assert built == [True] * 3  # shapes without values
 
 
 # ---- an imported run is a run ------------------------------------------------------------------
