@@ -89,6 +89,8 @@ class ByteLevelEncoding:
                  for token in plain if token.get("normalized")}
         self.raw, self.later, self.added_ids = any_of(raw), any_of(later), later | raw
         self.pieces = token_pieces(self.vocabulary, added)
+        for content, i in self.added_ids.items():
+            self.pieces[i] = content.encode()
         self.n_vocab = len(self.pieces)
         self.id_of = {piece: i for i, piece in enumerate(self.pieces)}
         self.ids_of_pretoken = functools.lru_cache(REMEMBERED)(self.merged)

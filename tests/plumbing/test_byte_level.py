@@ -130,6 +130,7 @@ def test_added_tokens_are_found_first_and_the_longest_wins(read):
     assert encoding.encode_ordinary("      b") == [301, 300, ord("b")]
     assert pieces(encoding, "   ab") == ["  ", " ", "ab"]
     assert encoding.encode_ordinary("café") == encoding.encode_ordinary("cafe\u0301") == [302]
+    assert encoding.decode([302]) == encoding.normalise("cafe\u0301") == "café"
     # A raw token is found before the text is normalised, and so keeps its neighbour apart.
     assert encoding.encode_ordinary("z\u0301") == [303, 0xCC, 0x81]
     assert encoding.normalise("z\u0301") == "z\u0301"

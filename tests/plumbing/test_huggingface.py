@@ -445,13 +445,15 @@ def test_it_is_tagged_next_to_decoders_that_were_not_trained(command, imported):
 
 
 def test_decoders_of_other_shapes_are_not_taken_for_one(imported):
-    """Two models of one size and vocabulary, that differ in their heads alone."""
-    config = LLAMA | {"num_attention_heads": 2}
-    import_run(write_folder(imported / "x", config, llama_tensors(config)), imported / "runs" / "x")
-    models, groups = ner.load_models([imported / "runs" / "llama", imported / "runs" / "x"], True)
+    """Three models of one size and vocabulary, that differ in their heads alone."""
+    runs = [imported / "runs" / name for name in ("llama", "x", "y")]
+    for run, heads in zip(runs[1:], (2, 4)):
+        config = LLAMA | {"num_attention_heads": heads}
+        import_run(write_folder(imported / run.name, config, llama_tensors(config)), run)
+    models, groups = ner.load_models(runs, True)
     untrained = [name for name in models if name.startswith("scratch")]
-    assert [models[name][0].config.n_head for name in untrained] == [6, 2]
-    assert len(groups) == 4
+    assert [models[name][0].config.n_head for name in untrained] == [6, 2, 4]
+    assert len(groups) == 6
 
 
 def test_the_tagger_counts_the_bytes_of_normalised_words(imported):
