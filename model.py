@@ -3,6 +3,7 @@
     python model.py                                       # the table of sizes
     python model.py runs/11m-meta --prompt "Returns the"  # a sample from a trained run
     python model.py runs/11m-meta --export FOLDER         # for Hugging Face's transformers
+    python model.py --import FOLDER --out runs/NAME       # a run from such a folder
 
 Read from `Decoder` downwards, from the whole to its parts. The architecture follows Touvron et
 al. 2023 (arXiv 2302.13971) as the paper configures it: 12 layers, 12 query heads that share 4
@@ -36,14 +37,16 @@ class Config:
     context: int = 2048    # longest sequence, in tokens
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    # Models from elsewhere may differ from the paper's in these three, too.
+    d_ff: int = None       # width of the MLP (default: 4 d_model)
+    head_dim: int = None   # width of a head (default: d_model / n_head)
+    tied: bool = False     # lm_head and the embeddings are one matrix
 
-    @property
-    def head_dim(self):
-        return self.d_model // self.n_head
-
-    @property
-    def d_ff(self):
-        return 4 * self.d_model
+    def __post_init__(self):
+        if self.d_ff is None:
+            self.d_ff = 4 * self.d_model
+        if self.head_dim is None:
+            self.head_dim = self.d_model // self.n_head
 
 
 # ---- the decoder -------------------------------------------------------------------------------
@@ -62,6 +65,8 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():
             if p.dim() == 1 or p.is_meta:  # norms start at 1; on device "meta" there are no values
                 continue
@@ -136,13 +141,14 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, kv = config.d_model, config.n_kv_head * config.head_dim
+        d = config.d_model
+        queries, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = nn.Linear(d, queries, bias=False)
         self.k_proj = nn.Linear(d, kv, bias=False)
         self.v_proj = nn.Linear(d, kv, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.o_proj = nn.Linear(queries, d, bias=False)
 
     def qkv(self, x, cos, sin):
         """x (B, T, D) -> queries (B, n_head, T, head_dim), and keys and values
@@ -155,7 +161,7 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, cos, sin, cache=None):
-        B, T, D = x.shape
+        T = x.shape[1]
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             if cache:
@@ -165,7 +171,7 @@ class Attention(nn.Module):
         # After a filled cache, x is the one newest token, which may see everything.
         causal = T > 1 and T == k.shape[2]
         out = attend(q, k, v, causal)  # (B, n_head, T, head_dim)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -217,11 +223,12 @@ def rotate(x, cos, sin):
 
 def backbone_flops(config, rows, length):
     """Model FLOPs of one forward pass over rows x length tokens: for each token 2 for each weight
-    of the layers' matrices and, in each layer's attention, 4 x length x d_model, as if without
-    the causal mask."""
-    d, kv = config.d_model, config.n_kv_head * config.head_dim
-    weights = config.n_layer * (2 * d * d + 2 * d * kv + 3 * d * config.d_ff)
-    return rows * length * (2 * weights + 4 * config.n_layer * length * d)
+    of the layers' matrices and, in each layer's attention, 4 x length x the width of all queries,
+    as if without the causal mask."""
+    d = config.d_model
+    queries, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    weights = config.n_layer * (2 * d * queries + 2 * d * kv + 3 * d * config.d_ff)
+    return rows * length * (2 * weights + 4 * config.n_layer * length * queries)
 
 
 def lm_flops(config, rows, length):
@@ -270,17 +277,22 @@ def pick(logits, temperature, top_k, generator):
 
 def print_sample(decoder, encoding, args, device):
     """Print the prompt and what the model makes of it, token by token."""
+    from plumbing.commands import UserError
     from plumbing.machine import precision
-    from plumbing.tokenizer import END
-    end = encoding.encode_single_token(END)
+    from plumbing.tokenizer import MASK
+    end = encoding.eot_token  # None if a model from elsewhere has no such token
     ids = encoding.encode_ordinary(args.prompt) or [end]
+    if ids == [None]:
+        raise UserError("this model has no token to begin an empty text with: give a --prompt")
+    # The mask, which comes last, is never drawn, nor is the padding after it.
+    n_ids = encoding.n_vocab - (MASK in encoding.special_tokens_set)
     generator = torch.Generator().manual_seed(args.seed)
     # A character may be split over several tokens.
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     print(args.prompt, end="", flush=True)
     with precision(device):
         for token in generate(decoder, ids, args.tokens, args.temperature, args.top_k,
-                              n_ids=end + 1, generator=generator, stop=end):
+                              n_ids=n_ids, generator=generator, stop=end):
             print(decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
     print(decode(b"", final=True))
 
@@ -288,25 +300,33 @@ def print_sample(decoder, encoding, args, device):
 # ---- runs and the command ----------------------------------------------------------------------
 
 def load_run(folder, device="cpu"):
-    """(decoder, settings) of a trained run; settings is its config.json as a dict. Raises
-    UserError, a ValueError, if the folder holds no such run."""
+    """(decoder, settings) of a trained or imported run; settings is its config.json as a dict.
+    Raises UserError, a ValueError, if the folder holds no such run."""
     from plumbing.checkpoints import load_checkpoint
     from plumbing.commands import UserError
+    from plumbing.huggingface import config_fields
     from plumbing.logs import read_settings
     settings = read_settings(folder)
-    if settings["size"] not in SIZES:
+    if "model_type" in settings:  # an imported run
+        config = Config(**config_fields(settings, Path(folder) / "config.json"))
+    elif settings["size"] in SIZES:
+        config = Config(SIZES[settings["size"]], settings["vocab_size"])
+    else:
         raise UserError(f"{folder} is of size {settings['size'][:40]}: known are "
                         + ", ".join(SIZES))
-    config = Config(SIZES[settings["size"]], settings["vocab_size"])
     weights = load_checkpoint(folder).get("model")
-    # Shapes first, on a device without memory: a damaged config.json may name a huge model.
-    with torch.device("meta"):
-        expected = Decoder(config).state_dict()
-    if not isinstance(weights, dict) or shapes_of(weights) != shapes_of(expected):
+    # A damaged config.json must not take all memory.
+    if not isinstance(weights, dict) or shapes(config) != shapes_of(weights):
         raise UserError(f"the checkpoint in {folder} does not fit its config.json")
     decoder = Decoder(config)
     decoder.load_state_dict(weights)
     return decoder.to(device), settings
+
+
+def shapes(config):
+    """{name: shape} of a decoder's parameters, without memory for their values."""
+    with torch.device("meta"):
+        return shapes_of(Decoder(config).state_dict())
 
 
 def shapes_of(state):
@@ -332,6 +352,10 @@ def parse():
     add = parser.add_argument
     add("run", nargs="?", type=filled,
         help="folder of a trained run, such as runs/11m-meta (default: print the sizes)")
+    add("--import", type=Path, metavar="FOLDER", dest="model_folder",
+        help="make a run of a downloaded model folder: config.json, model.safetensors and "
+             "tokenizer.json of a Llama or of the paper's pico_decoder")
+    add("--out", type=Path, metavar="RUN", help="new folder for the imported run")
     add("--export", type=Path, metavar="FOLDER",
         help="write the model for Hugging Face's transformers, to a new folder")
     add("--prompt", default="Returns the", help="text to continue")
@@ -347,15 +371,23 @@ def parse():
 
 
 def sample_or_export():
-    from plumbing.huggingface import export
+    from plumbing.huggingface import export, import_folder
     from plumbing.machine import pick_device
     from plumbing.tokenizer import load_encoding
     args, parser = parse()
-    if args.run is None:
+    if (args.model_folder is None) != (args.out is None) or (args.out and args.run):
+        parser.error("--import FOLDER and --out RUN belong together, without another run")
+    if args.run is None and args.out is None:
         print(table_of_sizes())
         return
     if args.export and args.export.exists():
         parser.error(f"{args.export} is there already: choose another folder")
+    if args.out:
+        if args.out.exists():
+            parser.error(f"{args.out} is there already: choose another --out")
+        import_folder(args.model_folder, args.out, lambda fields: shapes(Config(**fields)))
+        print(f"{args.out}: imported; next: python ner.py {args.out}")
+        return
     device = pick_device(args.device)
     decoder, _ = load_run(args.run, device)
     encoding = load_encoding(args.run)

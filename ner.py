@@ -14,7 +14,7 @@ import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from plumbing.files import locked
 from plumbing.logs import read_settings
 from plumbing.machine import pick_device, precision
 from plumbing.ner_report import report, tuning_speed
-from plumbing.tokenizer import END, load_encoding
+from plumbing.tokenizer import load_encoding
 from plumbing.treebanks import TAGS, TEST_ONLY, TRAINED, TYPES, load_treebanks
 
 # Mode `head` learns at the rate HEAD_LR / d_model. 10 was the best on dev of en_ewt at 11m.
@@ -132,12 +132,14 @@ class Sentence:
 def encode(sentences, encoding, max_len=128):
     """[Sentence] of [(words, tags)], whose words are joined by spaces."""
     n_bytes = np.array([len(encoding.decode_single_token_bytes(i))
-                        for i in range(encoding.encode_single_token(END))])
+                        for i in range(encoding.n_vocab)])
+    # The tokens of a model from elsewhere may spell another Unicode form of the text.
+    spelling = getattr(encoding, "normalise", str)
     texts = [" ".join(words) for words, _ in sentences]
     encoded = []
     for (words, tags), tokens in zip(sentences, encoding.encode_ordinary_batch(texts)):
         token_end = np.cumsum(n_bytes[tokens])                      # (T,) in bytes of the text
-        size = np.array([len(word.encode()) for word in words])     # (W,)
+        size = np.array([len(spelling(word).encode()) for word in words])  # (W,)
         word_start = np.cumsum(size + 1) - (size + 1)               # (W,)
         # the token that holds the word's first byte
         position = np.searchsorted(token_end, word_start, side="right")  # (W,)
@@ -243,6 +245,7 @@ def load_models(runs, scratch):
         models[name] = decoder, load_encoding(run)
         members.append((settings | {"name": name}, name))
         kind = {key: settings[key] for key in ("size", "vocab_size", "seed")}
+        kind["config"] = asdict(decoder.config)
         if scratch and kind not in [other for other, _ in untrained.values()]:
             untrained[scratch_name(kind, untrained)] = kind, name
     for scratch_run, (kind, name) in untrained.items():
@@ -260,7 +263,10 @@ def scratch_name(kind, taken):
     name = f"scratch-{kind['size']}"
     if kind["seed"]:
         name += f"-s{kind['seed']}"
-    return f"{name}-{kind['vocab_size']}" if name in taken else name
+    if name in taken:
+        name += f"-{kind['vocab_size']}"
+    same_name = [other for other in taken if other.startswith(name)]
+    return f"{name}-{len(same_name) + 1}" if name in taken else name
 
 
 def run_grid(args, models, treebanks, cells):
@@ -282,7 +288,8 @@ def run_grid(args, models, treebanks, cells):
         if (run, train) != encoded_for:  # sentences keep their frozen states for all seeds
             decoder, encoding = models[run]
             backbone = copy.deepcopy(decoder.model).to(device)
-            encoded = {key: encode(sentences, encoding, args.max_len)
+            max_len = min(args.max_len, decoder.config.context)
+            encoded = {key: encode(sentences, encoding, max_len)
                        for key, sentences in treebanks.items()
                        if key[0] == train or key[1] == "test"}
             encoded_for = run, train

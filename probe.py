@@ -3,6 +3,7 @@
     python probe.py runs/11m-meta                    # pictures and a table of phases of one run
     python probe.py runs/11m-vanilla runs/11m-meta   # comparison at equal cost
     python probe.py runs/11m-meta --live             # a page in the browser, as the job runs
+    python probe.py runs/pico-tiny                   # one measurement of an imported model
 
 Read `effective_rank` and `head_entropy` first. `measure` applies them to a decoder and makes the
 probe lines of a run's log; train.py calls it. A phase is a rise or a fall of such a curve over
@@ -16,9 +17,13 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
+from model import load_run
+from plumbing.checkpoints import NEWEST
 from plumbing.commands import Parser, command, number
 from plumbing.compare import compare, comparison_table, group_runs
 from plumbing.files import write_atomically
@@ -27,9 +32,12 @@ from plumbing.live import serve
 from plumbing.logs import read_run
 from plumbing.phases import phase_count_table, phase_counts, phase_table, phases
 from plumbing.pictures import draw_comparison, save_dynamics, save_figure
+from plumbing.tokenizer import END, load_encoding
 
 # Validation windows in the batch that train.py probes.
 PROBE_WINDOWS = 4
+# Tokens in the windows of a model without a log; runs have --seq-len, 128 by default.
+ONCE_LENGTH = 128
 
 
 # ---- measures ----------------------------------------------------------------------------------
@@ -74,7 +82,7 @@ def head_entropy(q, k):
     return torch.stack(entropies)
 
 
-def measure(decoder, batch):
+def measure(decoder, batch, show_progress=False):
     """The figures of a probe line, from validation windows batch (B, T+1).
 
     effective_rank, one value per layer: of the centred hidden states, and the mean over the
@@ -96,7 +104,8 @@ def measure(decoder, batch):
     ranks = {name: [] for name in matrices}
     shares = {name: [] for name in matrices}
     for name, groups in matrices.items():  # a group of matrices for each layer
-        for group in groups:
+        for group in tqdm(groups, desc=f"rank of {name}", unit="layer",
+                          disable=None if show_progress else True):
             values = [effective_rank(matrix) for matrix in group]
             largest = [min(matrix.shape) for matrix in group]
             ranks[name].append(mean(values))
@@ -146,6 +155,43 @@ def is_probe_step(step, every, last):
     return step % every == 0 or step == last or (step < every and is_power_of_two)
 
 
+# ---- a model without a log ---------------------------------------------------------------------
+
+def has_no_log(folder):
+    """Whether a run has weights but no log, as imported models have none."""
+    return (folder / NEWEST).exists() and not (folder / "metrics.jsonl").exists()
+
+
+def measure_once(folder, cache=None):
+    """The figures of `measure` for a run's weights, on the default validation text in its own
+    tokens. Raises UserError."""
+    decoder, _ = load_run(folder)
+    encoding = load_encoding(folder)
+    corpus = data.load(cache=cache)
+    tokens = []
+    documents = corpus.encoding.decode(corpus.val.tolist()).split(END)
+    for document in tqdm(documents, desc="tokenizing", unit="document", disable=None):
+        tokens += encoding.encode_ordinary(document)
+        if encoding.eot_token is not None:
+            tokens.append(encoding.eot_token)
+    length = min(ONCE_LENGTH, decoder.config.context)
+    windows = data.validation_windows(np.array(tokens), length, PROBE_WINDOWS)
+    return measure(decoder, windows, show_progress=True)
+
+
+def layer_table(figures):
+    """The figures of `measure` in words, a row for each layer."""
+    ranks, entropy = figures["effective_rank"], figures["head_entropy"]
+    header = "".join(f"{name:>16}" for name in [*ranks, "entropy (nats)", "of uniform"])
+    lines = ["effective rank of hidden states, weights and gradients, and attention entropy",
+             f"{'layer':>6}{header}"]
+    for layer, nats in enumerate(entropy["nats"]):
+        values = [rank[layer] for rank in ranks.values()]
+        values += [mean(nats), mean(entropy["normalised"][layer])]
+        lines.append(f"{layer:>6}" + "".join(f"{value:>16.2f}" for value in values))
+    return "\n".join(lines)
+
+
 # ---- the command -------------------------------------------------------------------------------
 
 def parse():
@@ -162,6 +208,8 @@ def parse():
         help="of the live page; 0 is any that is free (default: 8765, or the next that is free)")
     add("--out", type=Path, default=Path("compare"),
         help="folder for compare.png and compare.json (default: compare)")
+    add("--cache", help="folder of prepared texts, for a model without a log (default: nanomaml "
+                        "under $XDG_CACHE_HOME or ~/.cache)")
     args = parser.parse_args()
     if args.port is not None and not args.live:
         parser.error("--port is about the live page: add --live")
@@ -202,6 +250,12 @@ def main():
     args, parser = parse()
     # A run that is named twice counts once.
     folders = list({folder.resolve(): folder for folder in args.runs}.values())
+    without_log = [folder for folder in folders if has_no_log(folder)]
+    if without_log and (args.live or len(folders) > 1):
+        parser.error(f"{without_log[0]} has no log: look at it alone, without --live")
+    if without_log:
+        print(layer_table(measure_once(folders[0], args.cache)))
+        return
     if args.live:
         serve(folders, args.port)
         return

@@ -80,6 +80,11 @@ def whole_number(digits):
     return int(digits)
 
 
+def read_json(path, most):
+    """The object in a JSON file of at most `most` bytes, a dict. Raises UserError."""
+    return parse_json(read_file(path, most), path, {})
+
+
 # ---- out ---------------------------------------------------------------------------------------
 
 @contextlib.contextmanager

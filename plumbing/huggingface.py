@@ -1,73 +1,229 @@
-"""A model as a folder that Hugging Face's transformers can load without any code of ours."""
+"""Model folders in Hugging Face's form: written for transformers, and read without it.
+
+A folder that is read comes from a stranger. It holds JSON and safetensors; no code in it is run and
+nothing is unpickled.
+"""
 import json
-import struct
+import math
+import sys
 
-from plumbing.files import new_folder, replacing, write_atomically
-from plumbing.tokenizer import END, MASK, PATTERN
+from tqdm import tqdm
 
+from plumbing import byte_level
+from plumbing.byte_level import END, MASK, PATTERN, ByteLevelEncoding, byte_letters
+from plumbing.checkpoints import save_checkpoint
+from plumbing.commands import UserError
+from plumbing.files import new_folder, read_file, read_json, write_atomically
+from plumbing.safetensors import find_tensors, read_tensor, write_safetensors
+
+# Fields of model.Config -> their names in config.json, in each kind of model.
+NAMES = {
+    "llama": {
+        "d_model": "hidden_size", "d_ff": "intermediate_size", "vocab_size": "vocab_size",
+        "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
+        "context": "max_position_embeddings", "rope_theta": "rope_theta",
+        "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings"},
+    # The paper's own models.
+    "pico_decoder": {
+        "d_model": "d_model", "d_ff": "activation_hidden_dim", "vocab_size": "vocab_size",
+        "n_layer": "n_layers", "n_head": "attention_n_heads",
+        "n_kv_head": "attention_n_kv_heads", "context": "max_seq_len",
+        "rope_theta": "position_emb_theta", "norm_eps": "norm_eps"}}
+REQUIRED = ("d_model", "d_ff", "vocab_size", "n_layer", "n_head")
+# Parts of a parameter's name here and in a pico_decoder.
+PICO_PARAMETERS = {
+    "model.embed_tokens": "pico_decoder.embedding_proj", "model.layers": "pico_decoder.layers",
+    "model.norm": "pico_decoder.output_norm", "lm_head": "pico_decoder.de_embedding_proj",
+    "self_attn": "attention", "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "swiglu_norm", "mlp.gate_proj": "swiglu.w_0",
+    "mlp.up_proj": "swiglu.w_1", "mlp.down_proj": "swiglu.w_2"}
+LARGEST_CONFIG = 1_000_000
+MOST_LAYERS, LARGEST_NUMBER = 1000, 2 ** 31
+# A decoder holds tables of its context; it can read less than it was trained on.
+LONGEST_CONTEXT = 2 ** 17
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+def import_folder(folder, out, shapes):
+    """Make the new run `out` of a model folder. shapes is a function of a dict, the fields of
+    model.Config, that returns {name: shape} of the decoder's parameters. Raises UserError."""
+    source = read_json(folder / "config.json", LARGEST_CONFIG)
+    fields = config_fields(source, folder / "config.json")
+    encoding = byte_level.read_tokenizer(folder)
+    if encoding.n_vocab > fields["vocab_size"]:
+        raise UserError(f"{folder}: the tokenizer has ids up to {encoding.n_vocab - 1}, but the "
+                        f"model's vocabulary ends at {fields['vocab_size'] - 1}")
+    weights = read_weights(folder, source["model_type"], fields, shapes(fields))
+    parameters = sum(weight.numel() for name, weight in weights.items()
+                     if name != "lm_head.weight" or not fields["tied"])
+    kind = source["model_type"].partition("_")[0]  # llama or pico
+    settings = {"name": out.resolve().name, "size": f"{kind}-{parameters / 1e6:.0f}m",
+                "parameters": parameters, "imported_from": folder.resolve().name}
+    print(f"writing {out}", file=sys.stderr)
+    with new_folder(out) as temporary:
+        config = model_config(fields, encoding.eot_token) | settings
+        write_atomically(temporary / "config.json", json.dumps(config, indent=1))
+        write_atomically(temporary / byte_level.FILE, read_file(folder / byte_level.FILE))
+        save_checkpoint(temporary, {"step": 0, "model": weights})
+
+
+def config_fields(config, place):
+    """The fields of model.Config, a dict, from a config.json, a dict that was read at `place`.
+    Raises UserError if it asks for what the decoder lacks, or for what cannot be."""
+    names = NAMES.get(str(config.get("model_type")))
+    if names is None:
+        raise UserError(f"{place}: the model is of type {config.get('model_type')!r:.40}, and only "
+                        f"{' and '.join(NAMES)} can be read")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(rope, dict):
+        config = config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
+    lacking = unknown_features(config, rope)
+    if lacking:
+        raise UserError(f"{place} asks for {lacking}, which the decoder here does not have")
+    fields = {"n_kv_head": config.get(names["n_head"]), "context": 2048, "rope_theta": 10000.0,
+              "norm_eps": 1e-6, "tied": False}
+    for field, name in names.items():
+        if config.get(name) is not None:
+            fields[field] = config[name]
+    check_fields(fields, names, place)
+    fields.setdefault("head_dim", fields["d_model"] // fields["n_head"])
+    fields["context"] = min(fields["context"], LONGEST_CONTEXT)
+    return fields
+
+
+def unknown_features(config, rope):
+    """What a config.json asks for that the decoder lacks, in words; "" if there is nothing."""
+    settings = rope if isinstance(rope, dict) else {"type": rope}
+    part = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    activation = config.get("hidden_act", "silu")
+    unknown = {
+        "scaled rotary positions":
+            settings.get("rope_type", settings.get("type", "default")) != "default",
+        "rotary positions in a part of each head": part != 1,
+        "biases": config.get("attention_bias") or config.get("mlp_bias"),
+        f"the activation {activation!r:.20}": activation not in ("silu", "swish"),
+        "quantized weights": config.get("quantization_config")}
+    return ", ".join(name for name, is_asked_for in unknown.items() if is_asked_for)
+
+
+def check_fields(fields, names, place):
+    """Raise UserError unless the fields of model.Config are there and can be."""
+    for field in REQUIRED:
+        if field not in fields:
+            raise UserError(f"{place} has no {names[field]}")
+    for field, value in fields.items():
+        if field == "tied":
+            fits = isinstance(value, bool)
+        elif field in ("rope_theta", "norm_eps"):
+            fits = type(value) in (int, float) and 0 < value < math.inf
+        else:
+            most = MOST_LAYERS if field == "n_layer" else LARGEST_NUMBER
+            fits = type(value) is int and 1 <= value <= most
+        if not fits:
+            raise UserError(f"{place}: {names[field]} is {value!r:.40}, which cannot be")
+    head_dim = fields.get("head_dim", fields["d_model"] // fields["n_head"])
+    divides = "head_dim" in fields or fields["d_model"] % fields["n_head"] == 0
+    if not divides or head_dim % 2 or fields["n_head"] % fields["n_kv_head"]:
+        raise UserError(f"{place}: {fields['n_head']} query heads, {fields['n_kv_head']} key heads "
+                        f"and a width of {fields['d_model']} do not fit together")
+
+
+def read_weights(folder, kind, fields, shapes):
+    """{name: tensor}, float32, of the parameters that `shapes`, {name: shape}, asks for. Nothing
+    is read before all names and shapes are found right. Raises UserError."""
+    stored = find_tensors(folder)
+    names = {name: name for name in shapes if name != "lm_head.weight" or not fields["tied"]}
+    if kind == "pico_decoder":
+        names = {name: pico_name(name) for name in names}
+    # Old folders of Llamas hold the rotary frequencies, too, and some a copy of tied weights.
+    harmless = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+    if fields["tied"]:
+        harmless.add("lm_head.weight")
+    missing = set(names.values()) - set(stored)
+    unknown = set(stored) - set(names.values()) - harmless
+    for what, found in (("lacks", missing), ("has the unknown", unknown)):
+        if found:
+            raise UserError(f"{folder} {what} tensor {min(found)!r:.80}"
+                            + f" and {len(found) - 1} more" * (len(found) > 1))
+    for name, theirs in names.items():
+        if stored[theirs].shape != tuple(shapes[name]):
+            raise UserError(f"{folder}: tensor {theirs!r:.80} has the shape "
+                            f"{stored[theirs].shape}, its config.json says {tuple(shapes[name])}")
+    weights = {}
+    for name, theirs in tqdm(names.items(), desc="reading", unit="tensor", disable=None):
+        weights[name] = read_tensor(stored[theirs])
+        if kind == "pico_decoder" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] = rotate_half_rows(weights[name], fields["head_dim"])
+    if fields["tied"]:
+        # A copy: in a checkpoint, no memory belongs to two tensors.
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    return weights
+
+
+def pico_name(name):
+    for ours, theirs in PICO_PARAMETERS.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def rotate_half_rows(weight, head_dim):
+    """The rows of a query or key projection (heads * head_dim, D) in another order. A pico_decoder
+    rotates the pairs (x[2i], x[2i + 1]) of a head, ours (x[i], x[i + head_dim / 2])."""
+    pairs = weight.unflatten(0, (-1, head_dim // 2, 2))  # (heads, pairs, 2, D)
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+# ---- writing -----------------------------------------------------------------------------------
 
 def export(decoder, encoding, folder):
     """Write a new folder for LlamaForCausalLM and PreTrainedTokenizerFast. Raises OSError, and
     UserError if the folder is there."""
-    texts = {"config.json": model_config(decoder.config, encoding.encode_single_token(END)),
-             "tokenizer.json": tokenizer_json(encoding),
-             "tokenizer_config.json": tokenizer_config(decoder.config)}
+    state = decoder.state_dict()
+    if decoder.config.tied:
+        del state["lm_head.weight"]
+    is_imported = isinstance(encoding, ByteLevelEncoding)
+    tokenizer = encoding.file if is_imported else tokenizer_json(encoding)
+    texts = {"config.json": model_config(vars(decoder.config), encoding.eot_token),
+             "tokenizer.json": tokenizer,
+             "tokenizer_config.json": tokenizer_config(decoder.config, encoding)}
     with new_folder(folder) as temporary:
-        write_safetensors(temporary / "model.safetensors", decoder.state_dict())
+        write_safetensors(temporary / "model.safetensors", state)
         for name, content in texts.items():
             write_atomically(temporary / name, json.dumps(content, ensure_ascii=False, indent=1))
 
 
-def model_config(config, end):
-    """config.json for LlamaForCausalLM, a dict; end is the id of <|endoftext|>."""
-    return {
+def model_config(fields, end):
+    """config.json for LlamaForCausalLM, a dict, from the fields of model.Config; end is the id of
+    the token that ends a text, or None."""
+    named = {name: fields[field] for field, name in NAMES["llama"].items() if field in fields}
+    return named | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
-        # once for transformers before version 5, once for later ones
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        # transformers from version 5 on reads this and not "rope_theta"
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "bos_token_id": end,
         "eos_token_id": end,
     }
 
 
-def tokenizer_config(config):
-    return {
+def tokenizer_config(config, encoding):
+    special = {}
+    if encoding.eot_token is not None:
+        end = encoding.decode([encoding.eot_token])
+        special |= {"bos_token": end, "eos_token": end}
+    if MASK in encoding.special_tokens_set:
+        special["mask_token"] = MASK
+    return special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context,
         "clean_up_tokenization_spaces": False,
-        "bos_token": END,
-        "eos_token": END,
-        "mask_token": MASK,
     }
-
-
-def byte_letters():
-    """256 strings: the printable letter that GPT-2's tokenizer files write for each byte (Radford
-    et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters, others = [], 0
-    for byte in range(256):
-        if byte in printable:
-            letters.append(chr(byte))
-        else:
-            letters.append(chr(256 + others))
-            others += 1
-    return letters
 
 
 def tokenizer_json(encoding):
@@ -114,21 +270,3 @@ def tokenizer_json(encoding):
             "merges": merges,
         },
     }
-
-
-def write_safetensors(path, state):
-    """A state dict in the safetensors format: the header's length, a JSON header, and the raw
-    little-endian bytes."""
-    header = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, tensor in state.items():
-        end = start + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the bytes begin at a multiple of 8
-    with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in state.values():
-            values = tensor.detach().float().cpu().contiguous().numpy()
-            file.write(values.astype("<f4", copy=False))

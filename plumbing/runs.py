@@ -73,6 +73,9 @@ def open_run(args):
 def check_flags(folder, args):
     """Raise UserError unless the run in the folder was made with the same flags."""
     old = read_settings(folder)
+    if "model_type" in old:
+        raise UserError(f"{folder} holds an imported model, which cannot be trained further: "
+                        "choose another --name")
     changes = []
     for flag, value in vars(args).items():
         if flag not in FREE_FLAGS and old.get(flag) != value:

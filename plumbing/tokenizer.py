@@ -14,17 +14,16 @@ import regex  # tiktoken's own dependency: it understands \p{...} as tiktoken do
 import tiktoken
 from tqdm import tqdm
 
+from plumbing import byte_level
+from plumbing.byte_level import END, MASK, PATTERN
 from plumbing.commands import UserError
 from plumbing.files import read_file, write_atomically
 from plumbing.logs import read_settings
 from plumbing.text import is_validation
 
-END, MASK = "<|endoftext|>", "<|mask|>"
 FILE = "tokenizer.tiktoken"
 LARGEST = 32_000_000  # bytes of such a file
 
-# GPT-2's rule for cutting text into pre-tokens. No token reaches across two of them.
-PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 # The tokenizer learns from this many characters of training text.
 SAMPLE = 64_000_000
 # It keeps counts of this many different pre-tokens. Beyond that, the rarer half is dropped.
@@ -145,9 +144,11 @@ def save_tokens(tokens, folder):
 
 
 def load_encoding(folder):
-    """The tiktoken.Encoding of a run or a prepared text. Raises UserError if there is none, or it
-    is not the one that a run was trained with."""
+    """The tiktoken.Encoding of a run or a prepared text, or the ByteLevelEncoding of an imported
+    run. Raises UserError if there is none, or it is not the one that a run was trained with."""
     folder = Path(folder)
+    if (folder / byte_level.FILE).exists():
+        return byte_level.read_tokenizer(folder)
     content = read_file(folder / FILE, LARGEST)
     damaged = UserError(f"the tokenizer in {folder} is damaged")
     if (folder / "config.json").exists():

@@ -169,7 +169,7 @@ def kill_everywhere(tmp_path, start, chapter, flags, again, check, new_folder=No
 def quick(monkeypatch):
     """A decoder of one narrow layer, short evaluations, and pictures that are only files."""
     monkeypatch.setattr(model.Config.__init__, "__defaults__",
-                        (24, 50304, 1, 12, 4, 2048, 10000.0, 1e-6))
+                        (24, 50304, 1, 12, 4, 2048, 10000.0, 1e-6, None, None, False))
     monkeypatch.setitem(model.SIZES, "11m", 24)
     monkeypatch.setattr(meta, "FEWSHOT_EPISODES", 2)
     monkeypatch.setattr(train, "EVAL_TOKENS", 128)
