@@ -18,7 +18,7 @@ import tiktoken
 import torch
 
 from plumbing import prepare
-from plumbing.commands import Parser, UserError, command, filled, number
+from plumbing.commands import Parser, UserError, command, filled, number, path
 from plumbing.files import is_free
 from plumbing.machine import to_device
 from plumbing.ngrams import ngram_losses
@@ -309,14 +309,14 @@ def parse():
         help="text: .txt, .jsonl and .jsonl.gz files (with a `text` field) or folders of them; or "
              "GPT-2 ids: .bin files of nanoGPT or llm.c (default: the documentation on this "
              "machine)")
-    add("--out", type=Path, help="new folder for the prepared text, for train.py --data")
+    add("--out", type=path, help="new folder for the prepared text, for train.py --data")
     add("--show", action="store_true", help="print size, baselines, a sample and an episode")
     add("--tokenizer", choices=["bpe", "gpt2"], default="bpe",
         help="bpe is learned from the text; gpt2 is fetched once")
     add("--vocab-size", type=number(int, 260, 65536), default=50304,
         help="tokens in the vocabulary")
-    add("--cache", help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or "
-                        "~/.cache)")
+    add("--cache", type=filled,
+        help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
     add("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(), parser
 

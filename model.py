@@ -347,16 +347,16 @@ def table_of_sizes():
 
 
 def parse():
-    from plumbing.commands import Parser, filled, number
+    from plumbing.commands import Parser, filled, number, path
     parser = Parser(description="Print the table of sizes, sample from a run, or export it.")
     add = parser.add_argument
     add("run", nargs="?", type=filled,
         help="folder of a trained run, such as runs/11m-meta (default: print the sizes)")
-    add("--import", type=Path, metavar="FOLDER", dest="model_folder",
+    add("--import", type=path, metavar="FOLDER", dest="model_folder",
         help="make a run of a downloaded model folder: config.json, model.safetensors and "
              "tokenizer.json of a Llama or of the paper's pico_decoder")
-    add("--out", type=Path, metavar="RUN", help="new folder for the imported run")
-    add("--export", type=Path, metavar="FOLDER",
+    add("--out", type=path, metavar="RUN", help="new folder for the imported run")
+    add("--export", type=path, metavar="FOLDER",
         help="write the model for Hugging Face's transformers, to a new folder")
     add("--prompt", default="Returns the", help="text to continue")
     add("--tokens", type=number(int, 0), default=200,
@@ -366,7 +366,7 @@ def parse():
     add("--top-k", type=number(int, 0), default=50,
         help="draw among the k likeliest tokens; 0: among all")
     add("--seed", type=number(int, 0), default=0, help="seed of the draws")
-    add("--device", help="cuda, mps or cpu (default: the best that is here)")
+    add("--device", type=filled, help="cuda, mps or cpu (default: the best that is here)")
     return parser.parse_args(), parser
 
 

@@ -28,7 +28,7 @@ from plumbing.cells import KEY, cells_to_compute, read_cells, write_cells, write
 from plumbing.commands import Parser, UserError, command, filled, number
 from plumbing.compare import group_runs
 from plumbing.files import locked
-from plumbing.logs import read_settings
+from plumbing.logs import printable, read_settings
 from plumbing.machine import pick_device, precision
 from plumbing.ner_report import report, tuning_speed
 from plumbing.tokenizer import load_encoding
@@ -237,7 +237,7 @@ def load_models(runs, scratch):
     size, vocabulary and seed: the run before its first update. Raises UserError."""
     models, untrained, members = {}, {}, []
     for run in runs:
-        name = Path(run).resolve().name
+        name = printable(Path(run).resolve().name)
         if name in models:
             raise UserError(f"two runs are called {name}, and results are kept by name: "
                             "rename one folder")
@@ -345,7 +345,7 @@ def parse():
         help="tune the tag head alone (default), or the decoder, too")
     add("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
         help="tunings of each kind, with seeds 0 to N - 1")
-    add("--uner", metavar="FOLDER",
+    add("--uner", metavar="FOLDER", type=filled,
         help="folder with UNER's .iob2 files (default: the cache, filled by download)")
     add("--epochs", type=number(int, 1), default=10,
         help="passes over the training treebank; the best on dev counts")
@@ -359,8 +359,8 @@ def parse():
         help="results; finished ones stay, so that the same command continues")
     add("--predictions", action="store_true",
         help="write word, gold and predicted tag of every test set, as .tsv")
-    add("--device", help="cuda, mps or cpu (default: the best that is here)")
-    add("--cache", metavar="FOLDER",
+    add("--device", type=filled, help="cuda, mps or cpu (default: the best that is here)")
+    add("--cache", metavar="FOLDER", type=filled,
         help="folder of downloads (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
     add("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(), parser

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 from model import load_run
 from plumbing.checkpoints import NEWEST
-from plumbing.commands import Parser, command, number
+from plumbing.commands import Parser, command, filled, number, path
 from plumbing.compare import compare, comparison_table, group_runs
 from plumbing.files import write_atomically
 from plumbing.kernels import cross_entropy
@@ -199,17 +199,18 @@ def parse():
                                 "its folder), the comparison of several, or a live page of "
                                 "both (--live).")
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN",
+    add("runs", nargs="+", type=path, metavar="RUN",
         help="folder of a run; runs that differ only in their seed are grouped, and later groups "
              "are compared with the first")
     add("--live", action="store_true",
         help="show the runs on a page in the browser, finished or not; it follows their logs")
     add("--port", type=number(int, 0, 65535),
         help="of the live page; 0 is any that is free (default: 8765, or the next that is free)")
-    add("--out", type=Path, default=Path("compare"),
+    add("--out", type=path, default=Path("compare"),
         help="folder for compare.png and compare.json (default: compare)")
-    add("--cache", help="folder of prepared texts, for a model without a log (default: nanomaml "
-                        "under $XDG_CACHE_HOME or ~/.cache)")
+    add("--cache", type=filled,
+        help="folder of prepared texts, for a model without a log (default: nanomaml under "
+             "$XDG_CACHE_HOME or ~/.cache)")
     args = parser.parse_args()
     if args.port is not None and not args.live:
         parser.error("--port is about the live page: add --live")

@@ -346,7 +346,7 @@ def add_run_flags(add):
     add("--runs", default="runs", type=filled, help="folder that holds the runs")
     add("--seed", type=number(int, 0), default=0, help="source of every random choice")
     add("--resume", action="store_true", help="continue a stopped run; --steps may be raised")
-    add("--device", help="cuda, mps or cpu (default: the best that is here)")
+    add("--device", type=filled, help="cuda, mps or cpu (default: the best that is here)")
     add("--quiet", action="store_true", help="no progress bars")
     add("--eval-every", type=number(int, 1), default=200,
         help="updates between evaluations and checkpoints")
@@ -365,8 +365,8 @@ def add_text_flags(add):
         help="bpe is learned from the text; gpt2 is fetched once")
     add("--vocab-size", type=number(int, 260, 65536), default=50304,
         help="tokens in the vocabulary; 4096 makes a laptop several times faster")
-    add("--cache", help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or "
-                        "~/.cache)")
+    add("--cache", type=filled,
+        help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
 
 
 def add_training_flags(add):

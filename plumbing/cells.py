@@ -43,10 +43,12 @@ def is_cell(cell):
     if not all(isinstance(cell.get(key), kind) for key, kind in KINDS.items()):
         return False
     try:
-        counts = np.array(cell["counts"], dtype=float)
-    except (ValueError, TypeError):
+        counts = np.array(cell["counts"])
+    except ValueError:
         return False
-    return counts.shape == (cell["sentences"], 3) and (counts >= 0).all()
+    if counts.dtype.kind != "i" or counts.shape != (cell["sentences"], 3):
+        return False
+    return (counts >= 0).all() and 0 <= cell["f1"] <= 1
 
 
 def write_cells(cells, folder):

@@ -21,7 +21,7 @@ NEWEST, PREVIOUS, DAMAGED = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt"
 # any length.
 NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
 # The pickle holds names and shapes, and no values. In bytes; a run's takes 50,000.
-LARGEST_PICKLE = 4_000_000
+LARGEST_PICKLE = 1_000_000
 
 
 def fingerprint(state):

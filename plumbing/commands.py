@@ -76,6 +76,11 @@ def filled(text):
     return text
 
 
+def path(text):
+    """A type for argparse: a Path that is not empty, which would stand for the working folder."""
+    return Path(filled(text))
+
+
 # ---- the frame around every main() -------------------------------------------------------------
 
 def command(main):
@@ -87,6 +92,9 @@ def command(main):
     @functools.wraps(main)
     def framed():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # see plumbing/__init__.py
+        # What is printed to a closed stream (>&-) is lost.
+        sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A terminal may not know all letters.
             sys.stdout.reconfigure(errors="backslashreplace")

@@ -51,10 +51,10 @@ def read_file(path, most=LARGEST_FILE):
     """The bytes of a file. Raises UserError if there are more than `most`, and as open_regular
     does."""
     with open_regular(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise UserError(f"{path} is larger than {most:,} bytes")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"{path} is larger than {most:,} bytes")
+        return file.read(size)
 
 
 def parse_json(content, place, kinds=None):
@@ -215,6 +215,8 @@ def new_folder(folder, wait=False):
     if not is_free(folder):
         raise taken
     temporary = folder.with_name(folder.name + MARK)
+    if temporary.is_symlink():  # to a folder that is not ours to clean
+        raise UserError(f"{temporary} is a link: remove it")
     temporary.mkdir(parents=True, exist_ok=True)
     try:
         lock = lock_folder(temporary, wait=wait)

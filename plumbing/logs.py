@@ -12,15 +12,16 @@ SETTINGS = {"size": str, "vocab_size": int, "steps": int | None, "seed": int | N
             "name": str | None, "meta": bool | None, "hybrid_ratio": float | int | None,
             "meta_start": float | int | None, "tokenizer": str | None,
             "corpus_sha256": str | None, "tokenizer_sha256": str | None}
-LONGEST_NAME = 255
-# What a line of the log must hold, by its kind. Other values are numbers, or null where a figure
-# was not finite, but for the OBJECTS.
-FIGURES = {None: (), "lm": ("loss",), "meta": ("loss", "query_accuracy", "chance")}
+LONGEST_NAME = 100
+# What every line of the log must hold, and what those of each kind. Other values are numbers, or
+# null where a figure was not finite, but for the OBJECTS.
+COSTS = {"step": int, "tokens": float | int, "flops": float | int, "seconds": float | int}
+FIGURES = {None: (), "lm": (), "meta": ("query_accuracy", "chance")}
 OBJECTS = {"effective_rank", "proportional_effective_rank", "head_entropy"}
 # No figure is larger, and sums of such numbers stay finite.
 LARGEST_FIGURE = 1e30
-# No decoder has more. A damaged log must not keep the search for phases busy for hours.
-MOST_LAYERS = 1000
+# No decoder has more. A damaged log must not keep the search for phases busy for minutes.
+MOST_LAYERS = 100
 
 
 def read_settings(folder):
@@ -32,9 +33,11 @@ def read_settings(folder):
         raise UserError(f"{folder} is not a run: it has no config.json (train.py makes runs)")
     content = read_file(path, LARGEST_SETTINGS)
     settings = parse_json(content, f"{folder} is not a run: its config.json", SETTINGS)
-    settings = {key: value for key, value in settings.items() if not isinstance(value, dict | list)}
-    settings |= {"steps": settings.get("steps") or 0, "seed": settings.get("seed") or 0,
-                 "name": printable(settings.get("name") or folder.resolve().name)}
+    settings = {key: value for key, value in settings.items()
+                if not (value is None or isinstance(value, dict | list))}
+    settings = {"steps": 0, "seed": 0} | settings
+    settings["name"] = printable(settings.get("name") or folder.resolve().name)
+    settings["size"] = printable(settings["size"])
     for key in ("vocab_size", "steps", "seed"):
         if not 0 <= settings[key] <= LARGEST_NUMBER:
             raise UserError(f"{folder} is not a run: the {key} in its config.json is no count")
@@ -54,7 +57,7 @@ def read_metrics(path):
         return [], []
     for text in read_file(path).splitlines():
         try:
-            line = parse_json(text, path, {"step": int, "kind": str | None})
+            line = parse_json(text, path, COSTS | {"kind": str | None})
         except UserError:
             line = None
         if line and is_log_line(line):
@@ -68,9 +71,11 @@ def read_metrics(path):
 
 
 def is_log_line(line):
-    """Whether an object, which has a step, holds what a line of the log must hold."""
+    """Whether an object, which has the COSTS, holds what a line of the log must hold."""
     kind = line.get("kind")
-    if line["step"] < 0 or kind not in FIGURES or any(key not in line for key in FIGURES[kind]):
+    if not 0 <= line["step"] <= LARGEST_NUMBER or kind not in FIGURES:
+        return False
+    if any(line.get(key) is None for key in FIGURES[kind]):
         return False
     for key, value in line.items():
         is_number = isinstance(value, int | float) and not abs(value) > LARGEST_FIGURE

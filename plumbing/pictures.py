@@ -191,17 +191,21 @@ def draw_comparison(groups, result):
 
 
 def draw_loss_at_equal_cost(ax, groups, result, colours):
+    highest = 0.0
     for label, runs in groups.items():
         for i, (_, lines) in enumerate(runs):
             x, y = series(lines, result["loss"], x="flops")
+            highest = max([highest, *x[1:]])
             ax.plot(x[1:], y[1:], "o-", linewidth=2, color=colours[label],
                     label=None if i else label[:60])
     label_panel(ax, cost_sentence(result), result["unit"], "model FLOPs", width=44)
+    legend_below(ax)
+    if highest == 0:  # nothing that a logarithm could show
+        return
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter("")
-    legend_below(ax)
 
 
 def draw_accuracy_bars(ax, entries, colours):

@@ -91,7 +91,13 @@ def prepared_folder(data, tokenizer, vocab_size, cache, quiet):
     folder = cache_root(cache) / digest(key).hex()[:16]
     if not folder.exists():
         name = str(data) if data else None
-        prepare(folder, source, tokenizer, vocab_size, quiet, name, wait=True)
+        try:
+            prepare(folder, source, tokenizer, vocab_size, quiet, name, wait=True)
+        except OSError as error:
+            if error.errno not in BAD_PATH:
+                raise
+            raise UserError(f"cannot write to {folder.parent}: {error.strerror} "
+                            "(--cache DIR takes another folder)") from None
     return folder
 
 
@@ -101,18 +107,12 @@ def prepare(folder, source, tokenizer, vocab_size, quiet, name=None, wait=False)
     if isinstance(source, dict):
         for ids in source["train"] + source["val"]:
             read_ids(ids)  # headers and sizes first, before anything is fetched or copied
-    try:
-        with new_folder(folder, wait) as temporary:
-            if temporary:
-                info = write_prepared(temporary, source, tokenizer, vocab_size, quiet)
-                info["source"] = name or "documentation of Python and " + ", ".join(PACKAGES)
-                info["files"] = {part: checked(temporary / part) for part in FILES}
-                write_atomically(temporary / INFO, json.dumps(info))
-    except OSError as error:
-        if error.errno not in BAD_PATH:
-            raise
-        raise UserError(f"cannot write to {folder.parent}: {error.strerror} "
-                        "(--cache DIR takes another folder)") from None
+    with new_folder(folder, wait) as temporary:
+        if temporary:
+            info = write_prepared(temporary, source, tokenizer, vocab_size, quiet)
+            info["source"] = name or "documentation of Python and " + ", ".join(PACKAGES)
+            info["files"] = {part: checked(temporary / part) for part in FILES}
+            write_atomically(temporary / INFO, json.dumps(info))
 
 
 def checked(path):
@@ -236,9 +236,13 @@ def open_prepared(folder, vocab_size, check_all=False):
                         "if it lies in the cache, and it is made again)")
     if not all((folder / name).exists() for name in (INFO, *FILES)):
         raise damaged
-    info = parse_json(read_file(path, LARGEST_INFO), path, {"tokens": list, "sha256": str})
+    info = parse_json(read_file(path, LARGEST_INFO), path,
+                      {"tokens": list, "sha256": str, "source": str})
     files = info.get("files")  # folders of earlier versions have none
-    train, val = map_tokens(folder / "train.bin"), map_tokens(folder / "val.bin")
+    try:
+        train, val = map_tokens(folder / "train.bin"), map_tokens(folder / "val.bin")
+    except ValueError:  # an odd number of bytes
+        raise damaged from None
     if info["tokens"] != [len(train), len(val)] or len(info["sha256"]) != 64:
         raise damaged
     if files is not None and not is_intact(folder, files, check_all):
@@ -248,7 +252,8 @@ def open_prepared(folder, vocab_size, check_all=False):
         raise UserError(f"{folder} was prepared with {encoding.n_vocab} tokens: --vocab-size "
                         f"{vocab_size} is too small; give at least that many, or prepare the "
                         "text again (python data.py PATH --out FOLDER --vocab-size N)")
-    if files is None:
+    # A stranger's files may go with their info.json and not with their tokenizer.
+    if files is None or check_all or train.nbytes <= LARGE:
         check_ids(folder, encoding, train, val)
     return info, encoding, train, val
 

@@ -19,7 +19,7 @@ from plumbing.machine import check_driver, pick_device
 def from_environment(name, default, below=2 ** 31):
     """A whole number in an environment variable. Ends the process if it is something else."""
     text = os.environ.get(name, default)
-    if not (text.isdecimal() and int(text) < below):
+    if not (text.isdecimal() and len(text) < 11 and int(text) < below):
         print(f"error: the environment variable {name} is {text[:40]!r}, no number that torchrun "
               f"sets: unset it (unset {name})", file=sys.stderr)
         sys.exit(2)

@@ -21,7 +21,7 @@ from plumbing.checkpoints import load_checkpoint, save_checkpoint
 from plumbing.commands import Failure, UserError, in_words
 from plumbing.files import (append, holds_files, locked, open_to_append, read_file,
                             write_atomically)
-from plumbing.logs import read_metrics, read_settings
+from plumbing.logs import LARGEST_FIGURE, read_metrics, read_settings
 from plumbing.summary import status
 
 # These flags may differ when a run is resumed. The tokenizer is known once the text is, whose
@@ -179,18 +179,26 @@ class Run:
 
     def restore(self, decoder, meta_head, optimizer):
         """Load the checkpoint into the models. Raises UserError if it does not fit them."""
-        state, spent = self.checkpoint, self.checkpoint["spent"]
+        state = self.checkpoint
         try:
             decoder.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
             if meta_head is not None:
                 meta_head.load_state_dict(state["head"])
+            # The flags say what the optimizer does. The checkpoint brings its moments.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["optimizer"]["state"],
+                                       "param_groups": groups})
             for parameter, moments in optimizer.state.items():
-                if moments["exp_avg"].shape != parameter.shape:
-                    raise ValueError
-            self.lm_steps = int(spent["lm_steps"])
+                for key, shape in (("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape),
+                                   ("step", torch.Size())):
+                    if moments[key].shape != shape:
+                        raise ValueError
+            spent = {"skipped": 0} | state["spent"]  # earlier versions did not count these
+            if not all(0 <= figure < LARGEST_FIGURE for figure in spent.values()):
+                raise ValueError
+            self.lm_steps, self.skipped = int(spent["lm_steps"]), int(spent["skipped"])
             self.tokens, self.flops = int(spent["tokens"]), int(spent["flops"])
-            self.seconds, self.skipped = float(spent["seconds"]), int(spent.get("skipped", 0))
+            self.seconds = float(spent["seconds"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             raise UserError(f"the checkpoint in {self.folder} does not fit its configuration: "
                             "choose another --name") from None

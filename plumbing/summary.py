@@ -12,8 +12,10 @@ def status(lines):
     """The newest figures in the last lines of a log, on one line."""
     newest, rate, skipped = {}, None, None
     for line in lines:
-        if line.get("loss", line.get("val_loss")) is not None:  # neither a probe nor skipped
-            newest[line.get("kind", "evaluation")] = line
+        kind = line.get("kind", "evaluation")
+        loss = line.get("val_loss" if kind == "evaluation" else "loss")
+        if loss is not None:  # neither a probe nor skipped
+            newest[kind] = line
         rate = line.get("tokens_per_second", rate)
         skipped = line.get("skipped", skipped)
     parts = []
@@ -41,7 +43,7 @@ def summary(folder, lines, settings, sample, memory):
                   f"unigram {settings['unigram']:.3f}, "
                   f"smoothed bigram {settings['bigram']:.3f}"]
     report += fewshot_report(first, final, settings)
-    skipped = max(line.get("skipped", 0) for line in lines)
+    skipped = max(line.get("skipped") or 0 for line in lines)
     if skipped:
         report.append(f"{skipped} updates were skipped: their loss or gradient was not finite")
     minutes = final["seconds"] / 60
@@ -64,7 +66,10 @@ def fewshot_report(first, final, settings):
     for key, (name, error) in ACCURACIES.items():
         if key in final:
             spread = f" +- {final[error]:.1%}" if error else ""
-            lines.append(f"  {name:<26} {final[key]:6.1%}{spread}   (untrained {first[key]:.1%})")
+            row = f"  {name:<26} {final[key]:6.1%}{spread}"
+            if first.get(key) is not None:  # as it is in a log that nobody has edited
+                row += f"   (untrained {first[key]:.1%})"
+            lines.append(row)
     note = "prototypes are scored only where the previous token appears before no support word"
     if "fewshot_after_new" in final:
         note += f"; there the meta head has {final['fewshot_after_new']:.1%}"

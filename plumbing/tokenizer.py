@@ -151,14 +151,20 @@ def load_encoding(folder):
         return byte_level.read_tokenizer(folder)
     content = read_file(folder / FILE, LARGEST)
     damaged = UserError(f"the tokenizer in {folder} is damaged")
-    if (folder / "config.json").exists():
-        settings = read_settings(folder)
-        # Runs of earlier versions have no SHA-256.
-        known = settings.get("tokenizer_sha256") or sha256(content)
-        if sha256(content) != known or (settings.get("tokenizer") == "bpe" and not content):
-            raise damaged
-    if not content:
-        return gpt2_encoding()
+    settings = read_settings(folder) if (folder / "config.json").exists() else {}
+    is_lost = settings.get("tokenizer") == "bpe" and not content
+    # Runs of earlier versions have no SHA-256.
+    if is_lost or settings.get("tokenizer_sha256", sha256(content)) != sha256(content):
+        raise damaged
+    encoding = bpe_encoding(parse_tokens(content, damaged)) if content else gpt2_encoding()
+    if encoding.n_vocab > settings.get("vocab_size", encoding.n_vocab):
+        raise damaged
+    return encoding
+
+
+def parse_tokens(content, damaged):
+    """Ranked tokens, a list of bytes, of what save_tokens has written; or raises the error
+    `damaged`."""
     tokens = []
     try:
         for rank, line in enumerate(content.splitlines()):
@@ -172,7 +178,7 @@ def load_encoding(folder):
     # ends in a panic.
     if len(set(tokens)) < len(tokens) or not {bytes([i]) for i in range(256)} <= set(tokens):
         raise damaged
-    return bpe_encoding(tokens)
+    return tokens
 
 
 def sha256(content):
