@@ -111,6 +111,13 @@ def test_letters_that_a_terminal_does_not_know_are_written_in_another_way(tmp_pa
     assert output.startswith(r"caf\xe9 \udcff \u2212 0")
 
 
+def test_output_to_closed_streams_is_lost_and_no_error(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(root=str(ROOT)))
+    done = subprocess.run(f"{sys.executable} {path} >&- 2>&-", shell=True, timeout=20)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("chapter", ["data", "model", "probe", "train", "ner"])
 def test_ctrl_c_while_a_script_loads_ends_it_quietly(chapter):
     """The first import of each script is interrupted where it reaches the large libraries."""

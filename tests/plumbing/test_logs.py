@@ -6,7 +6,7 @@ import pytest
 
 from made_up_runs import made_up_run
 from plumbing.commands import UserError
-from plumbing.logs import read_run, read_settings, series
+from plumbing.logs import layer_series, read_run, read_settings, series
 
 
 def write_run(folder, settings, log):
@@ -75,3 +75,10 @@ def test_series_passes_over_what_is_no_figure():
     assert values.tolist() == [[1, 2], [6, 7]]
     costs, _ = series(lines, "probe", "rank", x="cost")
     assert costs.tolist() == [5, 12]
+
+
+def test_layers_beyond_all_decoders_are_no_probe():
+    """The search for phases in so many would take minutes."""
+    for layers, probes in ((12, 2), (5000, 0)):
+        lines = [{"step": step, "probe": [1.0] * layers} for step in (1, 2)]
+        assert len(layer_series(lines, "probe")[0]) == probes

@@ -49,3 +49,15 @@ def test_several_processes_on_the_cpu(third_of_four):
 def test_one_gpu_for_several_processes_is_refused(third_of_four):
     with pytest.raises(UserError, match="--device cuda:0 is one GPU for 4 processes"):
         third_of_four("cuda:0", gpus=4)
+
+
+@pytest.mark.parametrize("text", ["abc", "", "-1", "1.5", "²", "9" * 12, "9" * 5000])
+def test_a_number_that_torchrun_does_not_set_is_one_line(text, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(SystemExit) as stopped:
+        processes.from_environment("WORLD_SIZE", "1")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert len(error) < 200
+    assert "WORLD_SIZE" in error

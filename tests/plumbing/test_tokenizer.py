@@ -1,4 +1,5 @@
 """The tokenizer's trainer against a naive twin, and encodings that are saved and read."""
+import json
 import random
 from collections import Counter
 
@@ -67,6 +68,22 @@ def test_no_saved_tokens_stand_for_gpt2(tmp_path, gpt2):
     encoding = tokenizer.load_encoding(tmp_path)
     assert encoding.name == "gpt2"
     assert encoding._mergeable_ranks == gpt2._mergeable_ranks
+
+
+@pytest.mark.parametrize("tokens, settings", [
+    ([], {"tokenizer": "bpe", "vocab_size": 60_000}),
+    (BYTES, {"vocab_size": 257}),
+    (BYTES, {"vocab_size": 300, "tokenizer_sha256": "of another file"}),
+    (BYTES[1:], {"vocab_size": 300}),
+    (BYTES + [b"a"], {"vocab_size": 300}),
+])
+def test_a_tokenizer_that_does_not_go_with_its_run_is_refused(tokens, settings, tmp_path, gpt2):
+    """None for a BPE, more tokens than the decoder has, another file; a byte that is missing, a
+    token twice."""
+    tokenizer.save_tokens(tokens, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"size": "11m"} | settings))
+    with pytest.raises(UserError, match="tokenizer in .* is damaged"):
+        tokenizer.load_encoding(tmp_path)
 
 
 def test_gpt2_offline_names_both_ways_out(monkeypatch):

@@ -585,7 +585,7 @@ LOGS = {
     "one evaluation": [evaluation(step=9)],
     "the same again": [evaluation(), evaluation(), evaluation(step=1)],
     "no FLOPs": [evaluation(step=step, val_loss=9 - step) for step in range(5)],
-    "no costs": [evaluation(tokens="missing"), evaluation(flops=None)],
+    "no costs": [evaluation(tokens="missing", flops=None)],
     "steps of 30 digits": [evaluation(step=10 ** 29)],
     "steps backwards": [evaluation(step=9), evaluation(step=5)],
     "huge costs": [evaluation(tokens=10 ** 29, flops=1e29, seconds=-1e29)],
@@ -605,7 +605,7 @@ def write_run(name, lines):
     formula."""
     folder = Path("runs") / name
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(SETTINGS | {"name": f"${name}$"}))
+    (folder / "config.json").write_text(json.dumps(SETTINGS | {"name": rf"$\frac{name}$"}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -630,10 +630,11 @@ def test_odd_values_in_a_log_are_drawn_or_left_out(case, desk):
         status(lines)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        groups = {"odd": logs[:1], "usual": logs[1:]}
-        result = compare(groups)
-        comparison_table(result)
-        draw_comparison(groups, result)
+        for other in logs:
+            groups = {"odd": logs[:1], "other": [other]}
+            result = compare(groups)
+            comparison_table(result)
+            draw_comparison(groups, result)
 
 
 def test_all_odd_values_in_one_log_and_the_usual_lines(desk, monkeypatch, capsys):
