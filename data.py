@@ -1,6 +1,6 @@
 """Chapter 1. Text as tokens: few-shot episodes and next-token batches.
 
-    python data.py --show                                # the default corpus, and one episode
+    python data.py --show --seed 1                       # the default corpus, and one episode
     python data.py book.txt more.jsonl.gz --out FOLDER   # prepare a text for train.py --data FOLDER
 
 Read `EpisodeSampler` first: it turns text into small classification tasks by masking a subset of
@@ -9,7 +9,7 @@ words (SMLMT, Bansal et al. 2020, arXiv 2009.08445). `WordIndex` says which word
 """
 import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from plumbing.commands import Parser, UserError, command, filled, number, path
 from plumbing.files import is_free
 from plumbing.machine import to_device
 from plumbing.ngrams import ngram_losses
+from plumbing.play import EpisodeInWords, show_episode
 from plumbing.text import digest
 from plumbing.tokenizer import END, MASK, load_encoding  # noqa: F401 - the last is for notebooks
 
@@ -69,9 +70,10 @@ class EpisodeSampler:
         enough = np.array([len(ends) >= k_shot + n_query for ends in self.positions], dtype=bool)
         self.classes = np.flatnonzero(enough & ~corpus.index.is_held_out)
         if len(self.classes) < n_way:
-            raise UserError(f"the text has {len(self.classes)} words for {n_way}-way episodes of "
-                            f"{k_shot} + {n_query} examples: use more text (--data), or lower "
-                            "--n-way, --k-shot or --n-query")
+            raise UserError(f"the text has {len(self.classes)} words that can be classes, and "
+                            f"{n_way}-way episodes of {k_shot} + {n_query} examples need {n_way}: "
+                            "use more text (--data; 1 MB of prose has about 100 such words), or "
+                            "lower --n-way, --k-shot or --n-query")
 
     def draw(self, seed, step, micro_batch=0):
         """The Episode of one micro-batch: a function of its arguments, whatever came before."""
@@ -249,15 +251,13 @@ def open_corpus(folder, vocab_size, check_all=False):
 
 # ---- the command -------------------------------------------------------------------------------
 
-def show(corpus):
-    """What a corpus holds, and one episode, in words."""
+def show(corpus, seed=0):
+    """What a corpus holds, and the episode of a seed, in words."""
     tokens, n_bytes = len(corpus.train) + len(corpus.val), 0
     for part in (corpus.train, corpus.val):
         for block in prepare.blocks(part):
             n_bytes += int(corpus.token_bytes[block].sum())
     documents = corpus.info.get("documents")
-    middle = len(corpus.train) // 2
-    sample = text_of(corpus.train[middle:middle + 60], corpus)
     lines = [f"{corpus.info.get('source')}, in {corpus.folder}",
              f"{documents} documents" if documents else "files of token ids",
              f"{tokens:,} tokens, {len(corpus.val):,} of them for validation",
@@ -268,13 +268,34 @@ def show(corpus):
         losses = ngram_losses(corpus.train, windows, corpus.vocab_size)
         lines.append(f"validation loss by counting, in nats per token: unigram "
                      f"{losses['unigram']:.3f}, smoothed bigram {losses['bigram']:.3f}")
-    lines += ["", "a sample of the text:", "  " + sample.replace("\n", "\n  "), ""]
     try:
         sampler = EpisodeSampler(corpus, n_way=4, k_shot=2, n_query=1, length=24)
-        episode = sampler.draw(0, 0)
+        episode = shuffle_queries(sampler.draw(seed, 0), seed)
+        shown = show_episode(episode_in_words(episode, corpus))
+        words = corpus.index.words[episode.words]
     except UserError as error:
-        return "\n".join([*lines, f"no episode: {error}"])
-    return "\n".join(lines + episode_in_words(episode, corpus))
+        shown, words = f"no episode: {error}", []
+    sample = text_of(sample_without(words, corpus.train), corpus)
+    lines += ["", "A sample of the text:", "  " + sample.replace("\n", "\n  "), "", shown]
+    return "\n".join(lines)
+
+
+def sample_without(words, tokens, length=60):
+    """A piece of tokens (n,) from the middle of the text or after it, in which none of the token
+    ids `words` stands: it must not answer the queries of an episode."""
+    for start in range(len(tokens) // 2, len(tokens), length):
+        sample = tokens[start:start + length]
+        if not np.isin(sample, words).any():
+            return sample
+    return tokens[:0]
+
+
+def shuffle_queries(episode, seed):
+    """The episode with its queries in random order. By label, their order would give the answers
+    away."""
+    order = np.random.default_rng(seed).permutation(len(episode.query_labels))
+    return replace(episode, query_ids=episode.query_ids[order],
+                   query_labels=episode.query_labels[order])
 
 
 def text_of(ids, corpus):
@@ -286,20 +307,18 @@ def text_of(ids, corpus):
 
 def row_in_words(ids, corpus):
     """The text of a row of token ids, on one line."""
-    return " ".join(text_of(ids, corpus).split()).replace(MASK, " <mask>")
+    text = text_of(ids, corpus)
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(printable.replace(MASK, " <mask>").split())
 
 
 def episode_in_words(episode, corpus):
-    """Lines of text: the support set with its labels, the queries, and then the answers."""
+    """An Episode as text. The order of its rows stays."""
     words = [corpus.pieces[i].strip() for i in corpus.index.words[episode.words]]
-    lines = [f"an episode, {len(words)}-way: which of {len(words)} words stood at the end of "
-             "each row?", "", "support set (the answers are given):"]
-    for ids, label in zip(episode.support_ids, episode.support_labels.tolist()):
-        lines.append(f"  {row_in_words(ids, corpus)}   -> {label}: {words[label]}")
-    lines += ["", f"queries (0 to {len(words) - 1}?):"]
-    lines += [f"  {row_in_words(ids, corpus)}" for ids in episode.query_ids]
-    answers = [f"{label}: {words[label]}" for label in episode.query_labels.tolist()]
-    return [*lines, "", "answers: " + ", ".join(answers)]
+    support = [row_in_words(ids, corpus) for ids in episode.support_ids]
+    queries = [row_in_words(ids, corpus) for ids in episode.query_ids]
+    return EpisodeInWords(words, list(zip(episode.support_labels.tolist(), support)), queries,
+                          episode.query_labels.tolist())
 
 
 def parse():
@@ -311,6 +330,7 @@ def parse():
              "machine)")
     add("--out", type=path, help="new folder for the prepared text, for train.py --data")
     add("--show", action="store_true", help="print size, baselines, a sample and an episode")
+    add("--seed", type=number(int, 0), default=0, help="of the episode that --show draws")
     add("--tokenizer", choices=["bpe", "gpt2"], default="bpe",
         help="bpe is learned from the text; gpt2 is fetched once")
     add("--vocab-size", type=number(int, 260, 65536), default=50304,
@@ -336,6 +356,8 @@ def main():
     args, parser = parse()
     if not (args.show or args.out):
         parser.error("nothing to do: add --show, or --out FOLDER")
+    if args.seed and not args.show:
+        parser.error("--seed is about an episode: add --show")
     if len(args.paths) > 1 and not args.out:
         parser.error("several paths need --out FOLDER")
     if args.out:
@@ -345,7 +367,7 @@ def main():
         corpus = load(path, args.tokenizer, args.vocab_size, args.cache, args.quiet,
                       check_all=True)
     if args.show:
-        print(show(corpus))
+        print(show(corpus, args.seed))
         return
     print(f"{corpus.folder}: {len(corpus.train):,} tokens for training and "
           f"{len(corpus.val):,} for validation")

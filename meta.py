@@ -1,17 +1,18 @@
 """Chapter 3. First-order MAML: adapt a small meta head to an episode, learn from its queries.
 
-    from meta import MetaHead, adapt, meta_loss
+    python meta.py runs/11m-meta --play    # an episode for you and for the model
 
 Read `adapt` and `meta_loss` first: they are the whole algorithm. MAML (Finn et al. 2017, arXiv
 1703.03400) looks for weights from which a few gradient steps solve a new task. The task here is an
 episode of data.py: which of N words was masked in a context? Each word comes with K contexts whose
 labels are given (support) and Q whose labels are asked (query), in rows of L tokens. FOMAML is
 first-order MAML. The second half of the chapter measures few-shot accuracy on words that were
-never a class in training. "The paper" is arXiv 2508.02189.
+never a class in training, and draws an episode of such words to play. "The paper" is arXiv
+2508.02189.
 """
+import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+
 import contextlib
-from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,15 +21,23 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import backbone_flops
+import data
+from model import backbone_flops, load_checkpointed
+from plumbing import play
+from plumbing.commands import Parser, UserError, command, filled, number
+from plumbing.fewshot import (FewShotRows, fewshot_episodes, fewshot_rows, lookup,
+                              lookup_votes)
+from plumbing.machine import precision
+from plumbing.play import Player
 
 # Width of the meta head, the paper's.
 HIDDEN = 128
-# Evaluation: fixed episodes, the held-out words that take part, and queries per word (train.py
-# draws k_shot + FEWSHOT_QUERIES rows of each word).
+# Few-shot accuracy is the mean over so many episodes, fixed ones.
 FEWSHOT_EPISODES = 64
-FEWSHOT_WORDS = 96
-FEWSHOT_QUERIES = 4
+# An episode to play is of rows of so many tokens at most, the context of the decoder. It shows
+# what the meta head answers after so many inner steps.
+LONGEST_ROW = 2048
+STEPS_SHOWN = (0, 1, 2, 5, 10)
 
 
 # ---- MAML --------------------------------------------------------------------------------------
@@ -130,11 +139,13 @@ class MetaHead(nn.Module):
     def start(self, words):
         """{name: tensor}: the parameters from which the inner loop starts. Of a "words" head
         these are the rows of the episode's words (N,) only, so that nothing scores the whole
-        vocabulary. The gather carries the query gradient back to those rows."""
+        vocabulary. The gather carries the query gradient back to those rows. Of a "slots" head
+        they are the first N rows, should the episode have fewer ways than the head has slots."""
         fast = dict(self.named_parameters())
-        if self.kind == "words":
-            fast["out.weight"] = self.out.weight[words]
-            fast["out.bias"] = self.out.bias[words]
+        rows = words if self.kind == "words" else slice(len(words))
+        if self.kind == "words" or len(words) < self.out.out_features:
+            fast["out.weight"] = self.out.weight[rows]
+            fast["out.bias"] = self.out.bias[rows]
         return fast
 
 
@@ -179,66 +190,6 @@ def meta_flops(config, meta_head, n_way, k_shot, n_query, length, inner, inner_s
 
 # ---- few-shot accuracy on held-out words -------------------------------------------------------
 
-@dataclass
-class FewShotRows:
-    """Rows of validation text that end at a held-out word, for few-shot accuracy.
-
-    No held-out word stands earlier in a row, so rows never overlap. Unless the backbone is
-    adapted, its states of these rows serve every episode.
-
-    ids       (R, L)  tokens; the last is <|mask|>
-    word      (R,)    the index of the masked word in WordIndex.words
-    previous  (R,)    the token before it
-    """
-    ids: torch.Tensor
-    word: np.ndarray
-    previous: np.ndarray
-
-
-def fewshot_rows(corpus, length, per_word, most_words=FEWSHOT_WORDS):
-    """FewShotRows with exactly per_word rows for each word that has as many; of these words the
-    most frequent ones."""
-    index, tokens = corpus.index, np.asarray(corpus.val)
-    word_of = np.full(corpus.vocab_size, -1)  # token id -> index of the held-out word, or -1
-    word_of[index.words[index.is_held_out]] = np.flatnonzero(index.is_held_out)
-    ends = index.occurrences(tokens)
-    ends = ends[(word_of[tokens[ends]] >= 0) & (ends >= length - 1)]
-    rows = tokens[ends[:, None] + np.arange(1 - length, 1)].astype(np.int64)  # (R, L)
-    rows = rows[(word_of[rows[:, :-1]] < 0).all(axis=1)]
-    words = word_of[rows[:, -1]]  # (R,)
-
-    counts = Counter(words.tolist())
-    most_frequent = sorted(counts, key=lambda word: (-counts[word], word))[:most_words]
-    chosen = [np.zeros(0, dtype=int)]  # concatenate needs one
-    for word in most_frequent:
-        if counts[word] >= per_word:
-            rows_of_word = np.flatnonzero(words == word)
-            # evenly over the text
-            spread = np.linspace(0, len(rows_of_word) - 1, per_word).astype(int)
-            chosen.append(rows_of_word[spread])
-    chosen = np.concatenate(chosen)
-    ids = rows[chosen]
-    previous = ids[:, -2].copy()
-    ids[:, -1] = corpus.mask_id
-    return FewShotRows(torch.from_numpy(ids), words[chosen], previous)
-
-
-def fewshot_episodes(rows, n_way, k_shot):
-    """FEWSHOT_EPISODES fixed pairs (support (N, K), query (N, Q)) of indices of rows, the same
-    for every run; an empty list if there are too few words."""
-    words = np.unique(rows.word)
-    if len(words) < n_way:
-        return []
-    rng = np.random.default_rng(0)
-    rows_of = {word: np.flatnonzero(rows.word == word) for word in words}
-    episodes = []
-    for _ in range(FEWSHOT_EPISODES):
-        classes = rng.choice(words, n_way, replace=False)
-        picks = np.stack([rng.permutation(rows_of[word]) for word in classes])
-        episodes.append((picks[:, :k_shot], picks[:, k_shot:]))
-    return episodes
-
-
 @torch.no_grad()
 def fewshot_states(backbone, rows, device, batch=64):
     """The states of FewShotRows at the token before the mask, for prototypes, and at the mask, for
@@ -259,13 +210,14 @@ def evaluate_fewshot(backbone, meta_head, rows, n_way, k_shot, device, inner="he
     fewshot_after      the meta head after it
     fewshot_after_stderr                   the standard error of fewshot_after
     fewshot_before_new, fewshot_after_new  the meta head on new queries only
-    fewshot_chance     1 / n_way
+    fewshot_chance     1 / the number of ways, which is n_way unless the text is small
 
     Episodes without a new query count for the look-up only. An empty dict if there are too few
     words."""
-    episodes = fewshot_episodes(rows, n_way, k_shot)
+    episodes = fewshot_episodes(rows, n_way, k_shot, FEWSHOT_EPISODES)
     if not episodes:
         return {}
+    n_way = len(episodes[0][0])
     previous_states, mask_states = fewshot_states(backbone, rows, device)
     figures = {}  # key -> a value for each episode
     for support, query in episodes:
@@ -279,7 +231,7 @@ def evaluate_fewshot(backbone, meta_head, rows, n_way, k_shot, device, inner="he
             inputs = mask_states if inner == "head" else rows.ids
             words = torch.from_numpy(rows.word[support[:, 0]])
             before, after = adapted_scores(backbone, meta_head, inputs, words, support, query,
-                                           device, inner, inner_steps, inner_lr)
+                                           device, inner, (0, inner_steps), inner_lr)
             for name, scores in (("fewshot_before", before), ("fewshot_after", after)):
                 found[name] = accuracy(scores, labels).item()
                 found[f"{name}_new"] = accuracy(scores[is_new], labels[is_new]).item()
@@ -293,23 +245,6 @@ def evaluate_fewshot(backbone, meta_head, rows, n_way, k_shot, device, inner="he
     return report | {"fewshot_chance": 1 / n_way}
 
 
-def lookup(support_previous, query_previous):
-    """What the token before a query answers, where support_previous (N, K) and query_previous
-    (N, Q) are the tokens before the masked words.
-
-    Returns (expected accuracy, is_new). The look-up picks a class with a probability in proportion
-    to that token's count in its support rows. is_new, (N*Q,) bool: no support row has the token,
-    and so the look-up guesses."""
-    n_way = len(support_previous)
-    label = np.arange(n_way).repeat(query_previous.shape[1])                  # (N*Q,)
-    same = query_previous.reshape(-1, 1, 1) == support_previous[None]         # (N*Q, N, K)
-    votes = same.sum(axis=2)                                                  # (N*Q, N)
-    all_votes = votes.sum(axis=1)
-    right = votes[np.arange(len(label)), label] / np.maximum(all_votes, 1)
-    is_new = all_votes == 0
-    return np.where(is_new, 1 / n_way, right).mean(), torch.from_numpy(is_new)
-
-
 def prototype_scores(states, support, query):
     """Scores (N*Q, N) without any training (Snell et al. 2017, arXiv 1703.05175): minus the
     distance of a query's state to the mean of each word's K support states."""
@@ -318,17 +253,157 @@ def prototype_scores(states, support, query):
     return -torch.cdist(states[query.ravel()], prototypes)
 
 
-def adapted_scores(backbone, meta_head, inputs, words, support, query, device, inner, inner_steps,
+def adapted_scores(backbone, meta_head, inputs, words, support, query, device, inner, steps,
                    inner_lr):
-    """The scores (N*Q, N) of the queries before and after the inner loop, on the CPU. inputs are
-    states (R, D) for inner "head" and ids (R, L) for "all"."""
+    """The scores of the queries after each of `steps`, ascending numbers of inner steps: a list of
+    (N*Q, N), on the CPU. inputs are states (R, D) for inner "head" and ids (R, L) for "all"."""
     module = meta_head if inner == "head" else Learner(backbone, meta_head)
     n_way, k_shot = support.shape
     labels = torch.arange(n_way, device=device).repeat_interleave(k_shot)
+    shown, asked = inputs[support.ravel()].to(device), inputs[query.ravel()].to(device)
     with torch.enable_grad():
-        start = module.start(words.to(device))
-        fast = adapt(module, start, inputs[support.ravel()].to(device), labels, inner_steps,
-                     inner_lr)
-    with torch.no_grad():
-        asked = inputs[query.ravel()].to(device)
-        return [functional_call(module, parameters, (asked,)).cpu() for parameters in (start, fast)]
+        fast, taken, found = module.start(words.to(device)), 0, []
+        for total in steps:
+            fast = adapt(module, fast, shown, labels, total - taken, inner_lr)
+            taken = total
+            with torch.no_grad():
+                found.append(functional_call(module, fast, (asked,)).cpu())
+    return found
+
+
+# ---- an episode to play ------------------------------------------------------------------------
+
+def draw_game(corpus, length, n_way, k_shot, n_query, seed):
+    """An Episode of held-out words in validation text, its queries in random order. Raises
+    UserError if there are too few words."""
+    rows = fewshot_rows(corpus, length, k_shot + n_query)
+    n_words = len(np.unique(rows.word))
+    if n_words < n_way:
+        raise UserError(f"the validation text has {n_words} held-out words with {k_shot} + "
+                        f"{n_query} rows, and the episode needs {n_way}: lower --n-way, --k-shot "
+                        "or --n-query")
+    support, query = fewshot_episodes(rows, n_way, k_shot, 1, seed)[0]
+    return data.shuffle_queries(as_episode(rows, support, query), seed)
+
+
+def as_episode(rows, support, query):
+    """The Episode of indices support (N, K) and query (N, Q) of FewShotRows."""
+    labels = torch.arange(len(support))
+    return data.Episode(rows.ids[support.ravel()], labels.repeat_interleave(support.shape[1]),
+                        rows.ids[query.ravel()], labels.repeat_interleave(query.shape[1]),
+                        torch.from_numpy(rows.word[support[:, 0]]))
+
+
+def all_players(backbone, meta_head, episode, device, inner, steps, inner_lr):
+    """What the look-up, the nearest prototype and, after each of `steps`, the meta head answer to
+    the queries of an Episode: a list of Players."""
+    ids = torch.cat([episode.support_ids, episode.query_ids])
+    every_row = np.arange(len(ids))
+    support, query = np.split(every_row, [len(episode.support_ids)])
+    support = support.reshape(len(episode.words), -1)
+    previous = ids[:, -2].numpy()
+    votes = lookup_votes(previous[support], previous[query])
+    seen_before = [int(row.argmax()) if row.any() else None for row in votes]
+    rows = FewShotRows(ids, None, previous)
+    previous_states, mask_states = fewshot_states(backbone, rows, device)
+    nearest = prototype_scores(previous_states, support, query).argmax(dim=1)
+    players = [Player("previous-token look-up", seen_before),
+               Player("nearest prototype", nearest.tolist())]
+    if meta_head is not None:
+        inputs = mask_states if inner == "head" else ids
+        found = adapted_scores(backbone, meta_head, inputs, episode.words, support, every_row,
+                               device, inner, steps, inner_lr)
+        for taken, scores in zip(steps, found):
+            loss = F.cross_entropy(scores[support.ravel()], episode.support_labels)
+            name = f"meta head, {taken} inner step" + ("s" if taken != 1 else "")
+            players.append(Player(name, scores[query].argmax(dim=1).tolist(), loss.item()))
+    return players
+
+
+def one_question(backbone, meta_head, corpus, rows, n_way, k_shot, device, inner, inner_steps,
+                 inner_lr):
+    """A query of the fixed episodes, and what the meta head answers: four strings, the row, the
+    word before adapting, the word after it, and the right one. None if there is none."""
+    episodes = fewshot_episodes(rows, n_way, k_shot, 1)
+    if meta_head is None or not episodes:
+        return None
+    support, query = episodes[0]
+    episode = as_episode(rows, support, query[:, :1])
+    *_, before, after = all_players(backbone, meta_head, episode, device, inner, (0, inner_steps),
+                                    inner_lr)
+    shown = data.episode_in_words(episode, corpus)
+    # That of the last word: a head that knows nothing answers with the first.
+    labels = [before.guesses[-1], after.guesses[-1], shown.answers[-1]]
+    return shown.queries[-1], *[shown.words[label] for label in labels]
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+def load_text(folder, settings, cache):
+    """The Corpus that a run was trained on. Raises UserError if it is another one now, or not
+    known."""
+    needed = [settings.get(key) for key in ("corpus_sha256", "episode_len", "inner", "inner_lr")]
+    if None in needed or not 2 <= settings["episode_len"] <= LONGEST_ROW:
+        raise UserError(f"the config.json of {folder} does not say how it was trained: train a "
+                        "run with train.py")
+    corpus = data.load(settings.get("data"), settings.get("tokenizer") or "bpe",
+                       settings["vocab_size"], cache or settings.get("cache"))
+    if corpus.info["sha256"] != settings.get("corpus_sha256"):
+        raise UserError(f"{folder} was trained on another text (the SHA-256 differs), in other "
+                        "tokens: bring that text back, or train again")
+    return corpus
+
+
+def load_meta_head(state, settings, d_model, n_words, n_way):
+    """The MetaHead of a checkpoint, or None of a vanilla run. Raises UserError if it is not for
+    n_way of n_words words."""
+    if not state:
+        return None
+    kind = settings.get("head")
+    try:
+        n_rows = len(state["out.bias"])
+        meta_head = MetaHead(d_model, kind, n_rows, n_rows)
+        meta_head.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError("the meta head does not fit the run's config.json") from None
+    if kind == "slots" and n_rows < n_way:
+        raise UserError(f"the run's meta head has {n_rows} slots, too few for {n_way} words: add "
+                        f"--n-way {n_rows}")
+    if kind != "slots" and n_rows != n_words:
+        raise UserError(f"the meta head does not fit the text: it is for {n_rows} words, not for "
+                        f"{n_words}")
+    return meta_head
+
+
+def parse():
+    parser = Parser(description="An episode of held-out words, and what a run answers.")
+    add = parser.add_argument
+    add("run", metavar="RUN", type=filled, help="folder of a trained run, such as runs/11m-meta")
+    add("--play", action="store_true", help="answer first, at the terminal")
+    add("--seed", type=number(int, 0), default=0, help="of the episode")
+    add("--n-way", type=number(int, 2, play.MOST_WAYS), default=play.N_WAY,
+        help="words in the episode")
+    add("--k-shot", type=number(int, 1, play.MOST_SHOTS), default=2, help="support rows per word")
+    add("--n-query", type=number(int, 1, play.MOST_QUERIES), default=2, help="queries per word")
+    add("--cache", help="folder of prepared texts (default: the one that the run used)")
+    return parser.parse_args()
+
+
+@command
+def main():
+    args = parse()
+    decoder, settings, checkpoint = load_checkpointed(args.run)
+    corpus = load_text(args.run, settings, args.cache)
+    meta_head = load_meta_head(checkpoint.get("head"), settings, decoder.config.d_model,
+                               len(corpus.index.words), args.n_way)
+    episode = draw_game(corpus, settings["episode_len"], args.n_way, args.k_shot, args.n_query,
+                        args.seed)
+    device = torch.device("cpu")
+    with precision(device):
+        players = all_players(decoder.model, meta_head, episode, device, settings["inner"],
+                              STEPS_SHOWN, settings["inner_lr"])
+    play.present(data.episode_in_words(episode, corpus), players, args.play)
+
+
+if __name__ == "__main__":
+    main()

@@ -302,6 +302,12 @@ def print_sample(decoder, encoding, args, device):
 def load_run(folder, device="cpu"):
     """(decoder, settings) of a trained or imported run; settings is its config.json as a dict.
     Raises UserError, a ValueError, if the folder holds no such run."""
+    decoder, settings, _ = load_checkpointed(folder, device)
+    return decoder, settings
+
+
+def load_checkpointed(folder, device="cpu"):
+    """As load_run, and the checkpoint itself, a dict."""
     from plumbing.checkpoints import load_checkpoint
     from plumbing.commands import UserError
     from plumbing.huggingface import config_fields
@@ -314,13 +320,14 @@ def load_run(folder, device="cpu"):
     else:
         raise UserError(f"{folder} is of size {settings['size'][:40]}: known are "
                         + ", ".join(SIZES))
-    weights = load_checkpoint(folder).get("model")
+    checkpoint = load_checkpoint(folder)
+    weights = checkpoint.get("model")
     # A damaged config.json must not take all memory.
     if not isinstance(weights, dict) or shapes(config) != shapes_of(weights):
         raise UserError(f"the checkpoint in {folder} does not fit its config.json")
     decoder = Decoder(config)
     decoder.load_state_dict(weights)
-    return decoder.to(device), settings
+    return decoder.to(device), settings, checkpoint
 
 
 def shapes(config):

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 import data
-from meta import (FEWSHOT_QUERIES, MetaHead, evaluate_fewshot, fewshot_rows, meta_flops,
-                  meta_loss)
+from meta import MetaHead, evaluate_fewshot, meta_flops, meta_loss, one_question
 from model import SIZES, Config, Decoder, generate, lm_flops
 from plumbing import processes
 from plumbing.commands import Failure, Parser, UserError, command, filled, number
+from plumbing.fewshot import evaluation_rows
 from plumbing.machine import compiled, device_in_words, peak_memory, precision, to_device
 from plumbing.ngrams import ngram_losses
 from plumbing.pictures import save_dynamics
@@ -47,7 +47,7 @@ META_FLAGS = ("hybrid_ratio", "meta_start", "n_query", "inner", "inner_steps", "
 def loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run):
     """Train from run.step to args.steps, or until a signal asks to stop. Raises Failure."""
     windows = evaluation_windows(corpus, args)
-    fewshot = fewshot_rows(corpus, args.episode_len, args.k_shot + FEWSHOT_QUERIES)
+    fewshot = evaluation_rows(corpus, args.episode_len, args.n_way, args.k_shot)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     micro_batch_size = args.batch_size // args.grad_accum
     autocast = precision(device)
@@ -229,15 +229,19 @@ def train(args):
             run.save(decoder, meta_head, optimizer)
             return run.stopped()
         if processes.is_first():
-            report(run, corpus, decoder, args, device)
+            report(run, corpus, decoder, meta_head, args, device)
     return 0
 
 
-def report(run, corpus, decoder, args, device):
+def report(run, corpus, decoder, meta_head, args, device):
     """Draw dynamics.png and print the summary of a finished run."""
     save_dynamics(run.folder, run.lines, run.settings)
     text = sample_text(decoder, corpus, device)
-    print(summary(run.folder, run.lines, run.settings, text, peak_memory(device)))
+    fewshot = evaluation_rows(corpus, args.episode_len, args.n_way, args.k_shot)
+    with precision(device):
+        question = one_question(decoder.model, meta_head, corpus, fewshot, args.n_way, args.k_shot,
+                                device, args.inner, args.inner_steps, args.inner_lr)
+    print(summary(run.folder, run.lines, run.settings, text, peak_memory(device), question))
 
 
 def check_length(corpus, args):

@@ -11,7 +11,9 @@ LARGEST_SETTINGS = 1_000_000  # bytes
 SETTINGS = {"size": str, "vocab_size": int, "steps": int | None, "seed": int | None,
             "name": str | None, "meta": bool | None, "hybrid_ratio": float | int | None,
             "meta_start": float | int | None, "tokenizer": str | None,
-            "corpus_sha256": str | None, "tokenizer_sha256": str | None}
+            "corpus_sha256": str | None, "tokenizer_sha256": str | None, "data": str | None,
+            "cache": str | None, "episode_len": int | None, "head": str | None,
+            "inner": str | None, "inner_lr": float | int | None}
 LONGEST_NAME = 100
 # What every line of the log must hold, and what those of each kind. Other values are numbers, or
 # null where a figure was not finite, but for the OBJECTS.

@@ -106,6 +106,7 @@ class Run:
         self.lines, self.notes = [], []
         self.waiting = []        # log lines of updates that hold tensors still
         self.started = None      # the clock: when the first of these began
+        self.ends = []           # when each of them ended, as far as the host knows
         self.checkpoint = None   # until `begin` has loaded it
         self.log_file = None     # once `begin` has opened it
         self.bar = tqdm(disable=True)
@@ -269,6 +270,7 @@ class Run:
             n_way = self.args.n_way
             line |= {"n_way": n_way, "chance": 1 / n_way}
         self.waiting.append(line)
+        self.ends.append(time.perf_counter())
         if self.step % FLUSH_EVERY == 0:
             self.flush()
 
@@ -282,10 +284,8 @@ class Run:
                 if isinstance(value, torch.Tensor):
                     line[key] = value.item()
         elapsed = time.perf_counter() - self.started
-        rate = (self.tokens - self.tokens_at_start) / elapsed
-        for number, line in enumerate(self.waiting, start=1):
-            line["seconds"] = self.seconds + elapsed * number / len(self.waiting)
-            line["tokens_per_second"] = rate
+        self.add_times(elapsed)
+        for line in self.waiting:
             if math.isfinite(line["loss"] + line["grad_norm"]):
                 self.skipped_in_a_row = 0
             else:
@@ -301,6 +301,19 @@ class Run:
         if self.skipped_in_a_row >= PATIENCE:
             raise Diverged(f"the loss or its gradient was not finite in {PATIENCE} updates in a "
                            f"row, up to update {self.step}" + self.advice())
+
+    def add_times(self, elapsed):
+        """Add its time and its rate to each line that waits; `elapsed` is the time of all.
+
+        On a GPU the host runs ahead of the device. So the time from one end to the next is only an
+        update's share of the time of all."""
+        stretch = elapsed / (self.ends[-1] - self.started)
+        start, tokens = self.started, self.tokens_at_start
+        for line, end in zip(self.waiting, self.ends):
+            line["seconds"] = self.seconds + stretch * (end - self.started)
+            line["tokens_per_second"] = (line["tokens"] - tokens) / (stretch * (end - start))
+            start, tokens = end, line["tokens"]
+        self.ends = []
 
     def write(self, lines):
         self.lines += lines

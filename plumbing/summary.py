@@ -1,5 +1,11 @@
 """What a run came to: the status line while it goes on, and the report at its end."""
+import math
 
+from plumbing.fewshot import FEWEST_WAYS
+from plumbing.play import N_WAY
+
+# The status line has means over this many updates of a kind.
+RECENT = 50
 # key in the log -> what it measures, key of its standard error
 ACCURACIES = {
     "fewshot_prototype": ("nearest prototype", "fewshot_stderr"),
@@ -9,33 +15,42 @@ ACCURACIES = {
 
 
 def status(lines):
-    """The newest figures in the last lines of a log, on one line."""
-    newest, rate, skipped = {}, None, None
+    """The state of a run on one line, from the last lines of its log: the newest losses, and means
+    over recent updates of one kind: the query accuracy of meta updates, and the tokens per second
+    of next-token updates."""
+    recent = {"lm": [], "meta": [], "evaluation": []}
+    skipped = None
     for line in lines:
+        skipped = line.get("skipped", skipped)
         kind = line.get("kind", "evaluation")
         loss = line.get("val_loss" if kind == "evaluation" else "loss")
         if loss is not None:  # neither a probe nor skipped
-            newest[kind] = line
-        rate = line.get("tokens_per_second", rate)
-        skipped = line.get("skipped", skipped)
+            recent[kind].append(line)
     parts = []
-    if "lm" in newest:
-        parts.append(f"loss {newest['lm']['loss']:.2f}")
-    if "evaluation" in newest:
-        parts.append(f"val {newest['evaluation']['val_loss']:.2f}")
-    if "meta" in newest:
-        meta = newest["meta"]
-        parts.append(f"query {meta['query_accuracy']:.0%} (chance {meta['chance']:.0%})")
+    if recent["lm"]:
+        parts.append(f"loss {recent['lm'][-1]['loss']:.2f}")
+    if recent["evaluation"]:
+        parts.append(f"val {recent['evaluation'][-1]['val_loss']:.2f}")
+    if recent["meta"]:
+        accuracy = recent_mean(recent["meta"], "query_accuracy")
+        parts.append(f"query {accuracy:.0%} (chance {recent['meta'][-1]['chance']:.0%})")
     if skipped:
         parts.append(f"{skipped} skipped")
+    rate = recent_mean(recent["lm"], "tokens_per_second")
     if rate:
         parts.append(f"{rate:,.0f} tok/s")
     return ", ".join(parts)
 
 
-def summary(folder, lines, settings, sample, memory):
-    """The report at the end of a run: what was reached, what it cost, a sample of its text, and
-    what to do next."""
+def recent_mean(lines, key):
+    """The mean over the last RECENT lines, as far as they have the key; None of no line."""
+    values = [line[key] for line in lines[-RECENT:] if line.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def summary(folder, lines, settings, sample, memory, question=None):
+    """The report at the end of a run: what was reached, what it cost, a sample of its text, what
+    was found, and what to look at next. question is what meta.one_question gives."""
     evaluations = [line for line in lines if "val_loss" in line]
     first, final = evaluations[0], evaluations[-1]
     report = ["", f"validation loss {final['val_loss']:.3f} nats per token "
@@ -43,6 +58,11 @@ def summary(folder, lines, settings, sample, memory):
                   f"unigram {settings['unigram']:.3f}, "
                   f"smoothed bigram {settings['bigram']:.3f}"]
     report += fewshot_report(first, final, settings)
+    if question:
+        row, before, after, right = question
+        report += [f"  one of the queries: {row}",
+                   f"    The meta head answers {before!r} before adapting and {after!r} after it; "
+                   f"{right!r} is right."]
     skipped = max(line.get("skipped") or 0 for line in lines)
     if skipped:
         report.append(f"{skipped} updates were skipped: their loss or gradient was not finite")
@@ -51,18 +71,60 @@ def summary(folder, lines, settings, sample, memory):
         f"cost: {final['tokens']:,} tokens, {final['flops']:.3g} model FLOPs, {minutes:.1f} "
         f"minutes of training on {settings['device_name']}" + (f", {memory}" if memory else ""),
         f"sample: {sample!r}",
-        f"files in {folder}: config.json, metrics.jsonl, ckpt.pt, dynamics.png",
-        f'next: python model.py {folder} --prompt "Returns the"   or   python probe.py {folder}']
-    return "\n".join(report)
+        f"files in {folder}: config.json, metrics.jsonl, ckpt.pt, dynamics.png", ""]
+    return "\n".join(report + findings(final, settings) + [next_command(folder, final, settings)])
+
+
+def findings(final, settings):
+    """Sentences: did the run beat the bigram, and did adapting help?"""
+    lead = settings["bigram"] - final["val_loss"]
+    if lead > 0:
+        found = [f"The model beats counting: its validation loss is {lead:.2f} nats below that of "
+                 "the bigram."]
+    else:
+        found = [f"The model does not beat counting: its validation loss is {-lead:.2f} nats above "
+                 "that of the bigram."]
+    if "fewshot_after" not in final:
+        return found
+    before, after = final["fewshot_before"], final["fewshot_after"]
+    error = final["fewshot_after_stderr"]
+    # Two standard errors of a difference. The error of `before` is not known, and taken to be as
+    # large as that of `after`.
+    noise = 2 * math.sqrt(2) * error
+    if after - before > noise:
+        found.append(f"Adapting helps: it takes the meta head from {before:.1%} to {after:.1%} of "
+                     "the queries.")
+    elif before - after > noise:
+        found.append(f"Adapting does harm: it takes the meta head from {before:.1%} to "
+                     f"{after:.1%} of the queries.")
+    else:
+        found.append(f"Adapting makes no difference beyond noise: the meta head answers "
+                     f"{before:.1%} of the queries before it and {after:.1%} after it, with a "
+                     f"standard error of {error:.1%}.")
+    return found
+
+
+def next_command(folder, final, settings):
+    """What to look at next, a line with one command."""
+    if final["val_loss"] >= settings["bigram"]:
+        return f"Next, see whether the loss was still falling: python probe.py {folder}"
+    if "fewshot_after" not in final:
+        return f'Next, read what it writes: python model.py {folder} --prompt "Returns the"'
+    ways = f" --n-way {settings['n_way']}" if settings["n_way"] < N_WAY else ""
+    return f"Next, answer some queries yourself: python meta.py {folder} --play{ways}"
 
 
 def fewshot_report(first, final, settings):
     """Lines on few-shot accuracy, from the first and the final evaluation line."""
     if "fewshot_chance" not in final:
-        return ["no few-shot accuracy: the validation text has too few held-out words for "
-                f"{settings['n_way']}-way episodes"]
-    lines = [f"few-shot accuracy on held-out words, {settings['n_way']}-way "
-             f"{settings['k_shot']}-shot, chance {final['fewshot_chance']:.1%}:"]
+        return ["no few-shot accuracy: the validation text has too few held-out words, even for "
+                f"{min(settings['n_way'], FEWEST_WAYS)}-way episodes"]
+    ways = round(1 / final["fewshot_chance"])
+    lines = [f"few-shot accuracy on held-out words, {ways}-way {settings['k_shot']}-shot, chance "
+             f"{final['fewshot_chance']:.1%}:"]
+    if ways < settings["n_way"]:  # see fewshot_episodes
+        lines.append(f"  (not {settings['n_way']}-way: only {ways} held-out words stand often "
+                     "enough in the validation text)")
     for key, (name, error) in ACCURACIES.items():
         if key in final:
             spread = f" +- {final[error]:.1%}" if error else ""

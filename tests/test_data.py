@@ -1,5 +1,6 @@
 """Chapter 1: batches, the index of words, episodes, and the command."""
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_an_episode_is_a_function_of_its_arguments(corpus):
 
 
 def test_too_many_ways_is_refused(corpus):
-    with pytest.raises(UserError, match="words for 500-way"):
+    with pytest.raises(UserError, match="words that can be classes, and 500-way .*1 MB"):
         data.EpisodeSampler(corpus, 500, 3, 2, 24)
 
 
@@ -190,7 +191,8 @@ def test_a_text_of_one_piece_can_be_shown(tmp_path):
         loaded = data.load(tmp_path / name, vocab_size=300, cache=tmp_path / "cache", quiet=True)
         shown = data.show(loaded)
         assert "1 documents" in shown
-        assert "no episode: the text has 0 words" in shown
+        assert "no episode: the text has 0 words that can be classes" in shown
+        assert "A few words in" in shown.split("A sample of the text:")[1]
 
 
 def test_show_tells_what_a_corpus_holds(corpus, text_file):
@@ -201,14 +203,63 @@ def test_show_tells_what_a_corpus_holds(corpus, text_file):
     assert f"{n_tokens:,} tokens" in shown
     assert f"{n_bytes / n_tokens:.2f} bytes per token" in shown
     assert f"{corpus.info['documents']} documents" in shown
-    episode = data.EpisodeSampler(corpus, 4, 2, 1, 24).draw(0, 0)
-    rows = [line.split("-> ")[0] for line in shown.splitlines() if "-> " in line]
-    assert len(rows) == 8
-    for row in rows:
-        assert row.rstrip().endswith("<mask>")
-    answers = shown.split("answers: ")[1]
-    for label, word in enumerate(corpus.index.words[episode.words]):
-        name = corpus.encoding.decode([int(word)]).strip()
-        assert f"{label}: {name}" in answers
-        for row in rows:
-            assert name not in row.split()
+
+
+def parts_of(shown):
+    """(sample, support rows, query rows, answers) of what data.show prints of a corpus. The last
+    two are lists in the order of the queries."""
+    before, after = shown.split("Support set:")
+    sample = before.split("A sample of the text:")[1].split("An episode:")[0]
+    support, queries = after.split("Queries:")
+    queries, answers = queries.split("right answers: ")
+    support = re.findall(r"^   ([A-D])  \.\.\. (.*(?:\n {6}.*)*)", support, flags=re.MULTILINE)
+    queries = re.findall(r"^ +\d  \.\.\. (.*(?:\n {6}.*)*)", queries, flags=re.MULTILINE)
+    answers, words = answers.split("\nthe words: ")
+    names = dict(pair.split(" = ") for pair in words.split(", "))
+    return sample, support, queries, [names[answer.split()[1]] for answer in answers.split(", ")]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_show_prints_the_episode_of_a_seed(corpus, seed):
+    sample, support, queries, answers = parts_of(data.show(corpus, seed))
+    episode = data.EpisodeSampler(corpus, 4, 2, 1, 24).draw(seed, 0)
+    words = [corpus.pieces[word].strip() for word in corpus.index.words[episode.words]]
+    assert [label for label, _ in support] == list("AABBCCDD")
+    asked = {}
+    for ids, label in zip(episode.query_ids, episode.query_labels.tolist()):
+        asked[data.row_in_words(ids, corpus)] = words[label]
+    assert len(queries) == len(asked) == 4
+    for row, answer in zip(queries, answers):
+        assert asked[" ".join(row.split())] == answer
+    for row in [sample, *queries, *[row for _, row in support]]:
+        assert not set(words) & set(row.split())
+    assert len(sample.split()) > 20
+
+
+def test_shown_queries_are_not_in_the_order_of_their_labels(corpus):
+    orders = set()
+    for seed in range(8):
+        answers = data.show(corpus, seed).split("right answers: ")[1].split("\n")[0]
+        orders.add(re.sub(r"[^A-D]", "", answers))
+    assert len(orders) > 4
+    assert all(sorted(order) == list("ABCD") for order in orders)
+
+
+def test_the_sample_holds_no_word_of_the_episode():
+    tokens = np.arange(1000) % 250
+    # The pieces from the middle on: 500 to 559 are tokens 0 to 59, the next are 60 to 119.
+    assert data.sample_without([5], tokens).tolist() == list(range(60, 120))
+    assert data.sample_without([5, 119, 240], tokens).tolist() == list(range(120, 180))
+    assert data.sample_without([], tokens).tolist() == list(range(60))
+    assert len(data.sample_without(range(250), tokens)) == 0
+
+
+def test_rows_hold_nothing_that_a_terminal_obeys(corpus):
+    ids = np.array(corpus.encoding.encode_ordinary("a\x1b[31mred\r\nline\x07") + [corpus.mask_id])
+    assert data.row_in_words(ids, corpus) == "a [31mred line <mask>"
+
+
+def test_a_seed_without_an_episode_is_refused(script):
+    done = script("data.py", "text.txt", "--out", "folder", "--seed", 1)
+    assert done.returncode == 2
+    assert "--show" in done.stderr

@@ -83,7 +83,9 @@ def test_hybrid_run_writes_its_files_and_says_what_it_reached(hybrid):
     assert 1 < config["bigram"] < config["unigram"] < np.log(2048)
     assert f"smoothed bigram {config['bigram']:.3f}" in done.stdout
     assert done.stdout.count("watch: python probe.py runs/11m-meta --live\n") == 1
-    assert "python model.py" in done.stdout
+    assert "beat" in done.stdout.splitlines()[-3]
+    assert "Adapting" in done.stdout.splitlines()[-2]
+    assert "one of the queries: " in done.stdout
 
 
 def test_hybrid_run_logs_every_update(hybrid):
@@ -99,6 +101,10 @@ def test_hybrid_run_logs_every_update(hybrid):
     for line in metas:
         assert {"n_way", "chance", "support_accuracy", "query_accuracy"} <= set(line)
     lm_tokens, meta_tokens = 4 * 32, 4 * 4 * 16
+    # Each update has its own time and rate.
+    for before, line in zip(updates, updates[1:]):
+        rate = (line["tokens"] - before["tokens"]) / (line["seconds"] - before["seconds"])
+        assert line["tokens_per_second"] == pytest.approx(rate, rel=1e-6)
     assert updates[-1]["tokens"] == (120 - len(metas)) * lm_tokens + len(metas) * meta_tokens
 
 
@@ -119,6 +125,17 @@ def test_a_finished_run_is_not_trained_again(hybrid, start_in):
     again = start_in(hybrid[0], "train.py", *HYBRID).finish()
     assert again.returncode == 0
     assert "is finished" in again.stdout
+
+
+def test_the_command_at_the_end_of_the_summary_works(hybrid, start_in):
+    folder, done = hybrid
+    name, *flags = done.stdout.splitlines()[-1].split(": python ")[1].split()
+    shown = start_in(folder, name, *flags).finish()
+    assert shown.returncode == 0, shown.stderr
+    # A run that beats the bigram is played, and the other one looked at; this one is close.
+    shown = start_in(folder, "meta.py", "runs/11m-meta").finish()
+    assert shown.returncode == 0, shown.stderr
+    assert "meta head, 10 inner steps" in shown.stdout
 
 
 def test_a_trained_run_gives_samples_that_the_seed_repeats(hybrid, start_in):
