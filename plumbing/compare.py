@@ -184,12 +184,12 @@ def comparison_table(result):
     """What `compare` found, in words: a sentence, then the figures behind it."""
     lines = [cost_sentence(result), "",
              f"{'at the end':<24}{result['unit']:>18}"
-             + "".join(f"{name:>22}" for name in FEWSHOT.values())]
+             + "".join(f"{name:>25}" for name in FEWSHOT.values())]
     for label, figures in result["groups"].items():
         accuracies = [in_words(figures[key], "{:.1%}") if key in figures else "-"
                       for key in FEWSHOT]
         lines.append(f"{label[:23]:<24}{in_words(figures[result['loss']], '{:.3f}'):>18}"
-                     + "".join(f"{text:>22}" for text in accuracies))
+                     + "".join(f"{text:>25}" for text in accuracies))
     lines += notes(result["groups"])
     for label, entry in result["sooner_by"].items():
         lines += ["", f"what {label} needs for the same held-out loss as {first_of(result)}",
@@ -233,8 +233,9 @@ def cost_sentence(result):
         if words == "never reached":
             sentences.append(f"{label} and {first_of(result)} have no common loss")
         else:
-            sentences.append(f"{label} needs {words} FLOPs than {first_of(result)} for the same "
-                             f"held-out loss")
+            link = "as" if words == "as many" else "than"
+            sentences.append(f"{label} needs {words} FLOPs {link} {first_of(result)} for the same "
+                             "held-out loss")
     return "; ".join(sentences)
 
 
@@ -244,6 +245,8 @@ def cost_in_words(entry, i):
     ratio = entry["mean"][i]
     if not ratio:
         return "never reached"
+    if abs(ratio - 1) < 0.005:
+        return "as many"
     text = f"{ratio:.2f}x fewer" if ratio >= 1 else f"{1 / ratio:.2f}x more"
     if entry["sd"] and entry["sd"][i] is not None:
         spread = entry["sd"][i] if ratio >= 1 else entry["sd"][i] / ratio ** 2
