@@ -14,6 +14,8 @@ SETTINGS = {"size": str, "vocab_size": int, "steps": int | None, "seed": int | N
             "corpus_sha256": str | None, "tokenizer_sha256": str | None, "data": str | None,
             "cache": str | None, "episode_len": int | None, "head": str | None,
             "inner": str | None, "inner_lr": float | int | None}
+# The counts among them, from and to.
+COUNTS = {"vocab_size": (2, 10 ** 7), "steps": (0, LARGEST_NUMBER), "seed": (0, LARGEST_NUMBER)}
 LONGEST_NAME = 100
 # What every line of the log must hold, and what those of each kind. Other values are numbers, or
 # null where a figure was not finite, but for the OBJECTS.
@@ -40,8 +42,8 @@ def read_settings(folder):
     settings = {"steps": 0, "seed": 0} | settings
     settings["name"] = printable(settings.get("name") or folder.resolve().name)
     settings["size"] = printable(settings["size"])
-    for key in ("vocab_size", "steps", "seed"):
-        if not 0 <= settings[key] <= LARGEST_NUMBER:
+    for key, (low, high) in COUNTS.items():
+        if not low <= settings[key] <= high:
             raise UserError(f"{folder} is not a run: the {key} in its config.json is no count")
     return settings
 
