@@ -292,7 +292,7 @@ def follow_phases(gpu):
     """An update lasts from start_clock to the flush that reads its figures. The inner loop and
     the next-token loss of an update are phases of their own."""
     adapt, loss = meta.adapt, model.Decoder.loss
-    start_clock, flush, evaluate = runs.Run.start_clock, runs.Run.flush, train.evaluate
+    start_clock, flush = runs.Run.start_clock, runs.Run.flush
 
     def start_update(run):
         gpu.phase = "update"
@@ -303,17 +303,20 @@ def follow_phases(gpu):
         flush(run)
         gpu.phase = "between updates"
 
-    def evaluate_without_phases(*args):
+    def outside_updates(function):
         # Its inner loops and losses are no part of an update.
-        with (mock.patch.object(meta, "adapt", adapt),
-              mock.patch.object(model.Decoder, "loss", loss)):
-            return evaluate(*args)
+        def called(*args):
+            with (mock.patch.object(meta, "adapt", adapt),
+                  mock.patch.object(model.Decoder, "loss", loss)):
+                return function(*args)
+        return called
 
     gpu.patch(meta, "adapt", in_phase(gpu, "inner loop", adapt))
     gpu.patch(model.Decoder, "loss", in_phase(gpu, "next-token loss", loss))
     gpu.patch(runs.Run, "start_clock", start_update)
     gpu.patch(runs.Run, "flush", end_update)
-    gpu.patch(train, "evaluate", in_phase(gpu, "evaluation", evaluate_without_phases))
+    gpu.patch(train, "evaluate", in_phase(gpu, "evaluation", outside_updates(train.evaluate)))
+    gpu.patch(train, "one_question", in_phase(gpu, "question", outside_updates(train.one_question)))
     gpu.patch(train, "measure", in_phase(gpu, "probe", train.measure))
     gpu.patch(train, "sample_text", in_phase(gpu, "sample", train.sample_text))
 

@@ -1,8 +1,7 @@
-"""Nothing is lost: kills, interrupts, two at once, several processes, full disks, and updates
-that are not finite."""
+"""Nothing is lost: interrupts, two at once, several processes, full disks, and updates that are not
+finite. Kills are in test_every_operation.py."""
 import json
 import os
-import random
 import resource
 import signal
 import socket
@@ -19,10 +18,8 @@ from plumbing.checkpoints import load_checkpoint
 from plumbing.files import locked, new_folder
 from plumbing.runs import Diverged
 
-# The run that is killed, interrupted and compared with an uninterrupted one.
+# The run that is interrupted and compared with an uninterrupted one.
 FLAGS = ("--meta", "--steps", 24, "--eval-every", 8, "--probe-every", 99)
-# How often it is killed.
-KILLS = int(os.environ.get("KILLS", 1))
 # Figures of the clock, which no two runs share.
 TIMES = ("seconds", "tokens_per_second")
 
@@ -89,38 +86,11 @@ def wait_for_growth(path, size, job):
 
 @pytest.fixture(scope="module")
 def whole(start_in, tmp_path_factory):
-    """An uninterrupted run of FLAGS, and how long it took in seconds."""
+    """The folder of an uninterrupted run of FLAGS."""
     folder = tmp_path_factory.mktemp("whole")
-    started = time.perf_counter()
     done = start_in(folder, "train.py", *FLAGS).finish()
     assert done.returncode == 0, done.stderr
-    return folder / "runs" / "11m-meta", time.perf_counter() - started
-
-
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, start, tmp_path):
-    """kill -9, again and again (KILLS=20 in the environment makes it twenty), then --resume."""
-    uninterrupted, seconds = whole
-    rng = random.Random(KILLS)
-    folder = tmp_path / "runs" / "killed"
-    killed = 0
-    for attempt in range(10 * KILLS):
-        job = start("train.py", *FLAGS, "--name", "killed", "--resume")
-        if killed < KILLS:
-            job.process.join(rng.uniform(0.05, 0.6) * seconds)
-            job.process.kill()
-        done = job.finish()
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        if done.returncode != 0:
-            killed += 1
-        elif killed < KILLS:
-            # It was done before its last kill: once more from the start.
-            assert_same_run(uninterrupted, folder)
-            folder.rename(tmp_path / "runs" / f"done-{attempt}")
-        else:
-            break
-    assert killed == KILLS
-    assert_same_run(uninterrupted, folder)
-    assert not list(folder.glob("ckpt*.tmp"))
+    return folder / "runs" / "11m-meta"
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(whole, start, script, tmp_path):
@@ -140,7 +110,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(whole, start, script, tmp_
         file.write('{"step": 23, "kind": "lm", "loss": 1.0, "tok')
     done = script("train.py", *FLAGS, "--name", "halves", "--resume")
     assert done.returncode == 0, done.stderr
-    assert_same_run(whole[0], folder)
+    assert_same_run(whole, folder)
 
 
 def test_interrupted_preparation_leaves_nothing(text_file, tmp_path, monkeypatch):
