@@ -249,6 +249,9 @@ def load_models(runs, scratch):
         if scratch and kind not in [other for other, _ in untrained.values()]:
             untrained[scratch_name(kind, untrained)] = kind, name
     for scratch_run, (kind, name) in untrained.items():
+        if scratch_run in models:
+            raise UserError(f"a run is called {scratch_run}, as the untrained decoder is: rename "
+                            "its folder")
         decoder, encoding = models[name]
         generator = torch.Generator().manual_seed(kind["seed"])
         models[scratch_run] = Decoder(decoder.config, generator), encoding

@@ -260,6 +260,8 @@ def main():
     if args.live:
         serve(folders, args.port)
         return
+    if len(folders) > 1 and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is there and no folder: choose another one")
     logs, found = look_at(folders)
     if len(folders) > 1:
         compare_runs(logs, found, args.out)
