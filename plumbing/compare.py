@@ -199,9 +199,9 @@ def comparison_table(result):
             lines.append(f"{level:8.3f}" + "".join(cells))
         if "papers_reading" in entry:
             reading = entry["papers_reading"]
-            lines.append(f"by the paper's reading, mixed training loss {reading['level']:.3f}: "
-                         f"{cost_in_words(reading, 0)} updates. That is no fair measure: meta "
-                         "steps mix an easier question in.")
+            lines.append(f"The paper compares the mixed training loss: {cost_in_words(reading, 0)} "
+                         f"updates at {reading['level']:.3f}. That is not fair, since the loss of "
+                         "meta steps is that of an easier question.")
     return "\n".join(lines)
 
 
@@ -209,15 +209,17 @@ def notes(groups):
     """Lines below the table of final figures: what the numbers mean and how sure they are."""
     chance = [figures["fewshot_chance"]["mean"] for figures in groups.values()
               if "fewshot_chance" in figures]
-    lines = ["* on queries that the previous-token look-up cannot answer; +- is the standard "
-             "deviation over seeds"]
+    several_seeds = any(len(figures["runs"]) > 1 for figures in groups.values())
+    spread = "+- is the standard deviation over seeds" if several_seeds else (
+        "of one seed each, the spread over seeds is not known")
+    lines = [f"* on queries that the previous-token look-up cannot answer; {spread}"]
     if chance:
         lines.append(f"chance is {chance[0]:.1%}")
     errors = [figures[key]["mean"] for figures in groups.values()
               for key in STANDARD_ERROR.values() if key in figures]
     if errors:
-        lines[-1] += (f"; over the episodes alone, an accuracy has a standard error of up to "
-                      f"{max(errors):.1%}")
+        lines[-1] += (f"; the episodes are a sample, which gives an accuracy a standard error of "
+                      f"up to {max(errors):.1%}")
     return lines
 
 
@@ -235,7 +237,7 @@ def cost_sentence(result):
         else:
             link = "as" if words == "as many" else "than"
             sentences.append(f"{label} needs {words} FLOPs {link} {first_of(result)} for the same "
-                             "held-out loss")
+                             f"held-out loss ({entry['levels'][-1]:.2f})")
     return "; ".join(sentences)
 
 

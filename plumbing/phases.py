@@ -5,6 +5,8 @@ curve counts as rising and falling if curves that only rise or only fall, with n
 show as high a hump in fewer than one of 200 cases, and if the hump is not small. This test is
 meant for curves with a clear trend. In autocorrelated noise alone it finds too many humps.
 """
+import itertools
+
 import numpy as np
 
 from plumbing.logs import layer_series
@@ -159,24 +161,33 @@ def phase_table(run_phases):
     lines = []
     for name, layers in run_phases.items():
         lines += ["", f"{name}: {who_is_first(layers)}"]
-        for i, found in enumerate(layers):
-            row = f"  layer {i:>2}  {found['verdict']}"
-            if holds(found["verdict"], "rises, falls"):
-                row += (f" (from update {found['bottom']:,}; peak at {found['peak']:,}, back by "
-                        f"{found['reconverged']:,})")
-            lines.append(row)
+        rows = [in_a_row(found) for found in layers]
+        first = 0
+        for row, same in itertools.groupby(rows):  # neighbours that do the same share a row
+            last = first + len(list(same)) - 1
+            which = f"layer {first}" if first == last else f"layers {first} to {last}"
+            lines.append(f"  {which:<16} {row}")
+            first = last + 1
     return "\n".join(lines)
+
+
+def in_a_row(found):
+    """The verdict on a layer and, of a rise and fall, its updates."""
+    if not holds(found["verdict"], "rises, falls"):
+        return found["verdict"]
+    return (f"{found['verdict']} (from update {found['bottom']:,}; peak at {found['peak']:,}, back "
+            f"by {found['reconverged']:,})")
 
 
 def who_is_first(layers):
     """Which layers peak and reconverge first, in words."""
     humped = [i for i, found in enumerate(layers) if holds(found["verdict"], "rises, falls")]
     if not humped:
-        return (f"no layer of {len(layers)} fans out and then collapses (no rise and fall is "
-                f"beyond noise, p < {LARGEST_P}, and an eighth of the range)")
+        return (f"no layer of {len(layers)} rises and then falls by more than noise "
+                f"(p < {LARGEST_P}) and an eighth of its range")
     by_peak = sorted(humped, key=lambda i: (layers[i]["peak"], layers[i]["reconverged"]))
     by_end = sorted(humped, key=lambda i: layers[i]["reconverged"])
-    return (f"{len(humped)} of {len(layers)} layers fan out, then collapse; first to peak: layers "
+    return (f"{len(humped)} of {len(layers)} layers rise and then fall; first to peak: layers "
             f"{', '.join(map(str, by_peak[:3]))}; first to reconverge: layers "
             f"{', '.join(map(str, by_end[:3]))}")
 
@@ -222,6 +233,6 @@ def most_humps(counts):
     found = [(shapes["rise and fall"]["mean"], curve, label)
              for curve, labels in counts.items() for label, shapes in labels.items()]
     layers, curve, label = max(found)
-    where = f"at most in {layers:.1f} layers ({curve}, {label})" if layers else "in no layer"
-    return (f"A curve rises and then falls, as the paper has it, {where}. Layers that do it, by "
-            "curve (one by one: python probe.py RUN):")
+    where = f"in {layers:g} layers at most ({curve}, {label})" if layers else "in no layer"
+    return (f"The paper's two phases, a rise and then a fall, are seen {where}. In how many layers "
+            "a curve does what (layer by layer: python probe.py RUN):")

@@ -82,11 +82,11 @@ def draw_dynamics(figure, lines, settings):
     draw_losses(loss_ax, lines, settings, last)
     draw_accuracy(accuracy_ax, lines, last)
     draw_layers(rank_ax, lines, ("proportional_effective_rank", "hidden"),
-                "The hidden states use {:.0%} of their directions at first, {:.0%} at the lowest "
-                "and {:.0%} at the end", "share of full rank")
+                "Mean over layers: hidden states use {:.0%} of their directions at first, {:.0%} "
+                "at the lowest and {:.0%} at the end", "share of full rank")
     draw_layers(entropy_ax, lines, ("head_entropy", "normalised"),
-                "Attention is spread over {:.0%} of all it may see at first, {:.0%} at the lowest "
-                "and {:.0%} at the end", "share of uniform attention")
+                "Mean over layers: attention has {:.0%} of its largest entropy at first, {:.0%} at "
+                "the lowest and {:.0%} at the end", "share of the largest entropy")
     n_meta = sum(line.get("kind") == "meta" for line in lines)
     kind = f"{n_meta:,} of them meta steps" if settings.get("meta") else "vanilla"
     figure.suptitle(f"{settings['name'][:80]}: {last:,} of {settings['steps']:,} updates, {kind}, "
@@ -104,9 +104,9 @@ def draw_losses(ax, lines, settings, last):
     bigram = settings.get("bigram")
     if len(val) and isinstance(bigram, float):
         side = "better" if val[-1] < bigram else "worse"
-        title += f", {abs(val[-1] - bigram):.2f} {side} than a bigram"
+        title += f", {abs(val[-1] - bigram):.2f} {side} than the bigram"
     ignorance = float(np.log(settings["vocab_size"]))
-    for name, height, style in (("bigram", bigram, "--"), ("knowing nothing", ignorance, ":")):
+    for name, height, style in (("bigram", bigram, "--"), ("uniform guess", ignorance, ":")):
         if isinstance(height, float):
             ax.axhline(height, color="grey", linestyle=style, label=f"{name}: {height:.2f}")
     mark_first_meta_step(ax, lines)
@@ -138,7 +138,7 @@ def draw_accuracy(ax, lines, last):
             newest[key] = y[-1]
             ax.axhline(100 * y[-1], color="grey", linestyle=style, label=f"{label}: {y[-1]:.0%}")
     mark_first_meta_step(ax, lines)
-    label_panel(ax, accuracy_sentence(newest), "% right\n(* no look-up possible)")
+    label_panel(ax, accuracy_sentence(newest), "% right\n(* where the look-up fails)")
     ax.set_ylim(bottom=0)
     log_steps(ax, last)
     legend_below(ax)
@@ -148,10 +148,10 @@ def accuracy_sentence(figures):
     """What few-shot figures (shares from 0 to 1) say, in a sentence."""
     chance = figures.get("fewshot_chance", 0)
     if {"fewshot_before", "fewshot_after"} <= figures.keys():
-        return (f"Adapting takes new words from {figures['fewshot_before']:.0%} to "
+        return (f"Adapting takes unseen words from {figures['fewshot_before']:.0%} to "
                 f"{figures['fewshot_after']:.0%} right (chance {chance:.0%})")
     if "fewshot_prototype" in figures:
-        return (f"The nearest prototype gets {figures['fewshot_prototype']:.0%} of new words "
+        return (f"The nearest prototype gets {figures['fewshot_prototype']:.0%} of unseen words "
                 f"right (chance {chance:.0%})")
     return "No few-shot accuracy yet"
 
@@ -219,7 +219,7 @@ def draw_accuracy_bars(ax, entries, colours):
                 error = entry[key]["sd"]
                 bar = ax.bar(x, 100 * entry[key]["mean"], width, color=colours[label], capsize=4,
                              yerr=None if error is None else 100 * error)
-                ax.bar_label(bar, fmt="{:.0f}", padding=2)
+                ax.bar_label(bar, fmt="{:.1f}", padding=2)
         figures = {key: value["mean"] for key, value in entry.items() if key.startswith("fewshot")}
         sentences.append(accuracy_sentence(figures))
         if "fewshot_chance" in figures and not g:
@@ -229,7 +229,7 @@ def draw_accuracy_bars(ax, entries, colours):
     ax.margins(y=0.1)
     # The sentence of the first group that adapts.
     adapting = [sentence for sentence in sentences if sentence.startswith("Adapting")]
-    label_panel(ax, (adapting + sentences)[0], "% right", "* no look-up possible", width=44)
+    label_panel(ax, (adapting + sentences)[0], "% right", "* where the look-up fails", width=44)
     legend_below(ax)
 
 

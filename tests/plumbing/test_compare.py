@@ -125,7 +125,7 @@ def test_final_figures_and_the_untrained_ones():
     assert final["fewshot_prototype"] == {"mean": 0.2, "sd": None, "untrained": 0.2}
     assert "fewshot_after" not in final
     table = comparison_table(result).splitlines()
-    assert table[0] == "m needs 1.60x fewer FLOPs than v for the same held-out loss"
+    assert table[0] == "m needs 1.60x fewer FLOPs than v for the same held-out loss (3.09)"
     last, = [line for line in table if line.startswith("   3.091")]
     assert last.split() == ["3.091"] + 4 * ["1.60x", "fewer"]
 

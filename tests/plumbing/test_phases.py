@@ -111,8 +111,12 @@ def test_phases_of_a_log():
     verdicts = [layer["verdict"] for layer in found["head entropy"]]
     assert verdicts == [RISING, "flat"]
     table = phase_table(found)
-    assert "1 of 2 layers fan out, then collapse; first to peak: layers 0;" in table
-    assert "no layer of 2 fans out and then collapses" in table
+    assert "1 of 2 layers rise and then fall; first to peak: layers 0;" in table
+    assert "  layer 0          rises and falls (from update 0; peak at 100," in table
+    assert "no layer of 2 rises and then falls" in table
+    # Neighbours that do the same share a row.
+    alike = phase_table({"head entropy": found["head entropy"] + 2 * [found["head entropy"][1]]})
+    assert "  layers 1 to 3    flat" in alike
     assert phases(lines[:FEWEST_PROBES - 1]) == {}
     assert "too early" in phase_table({})
 

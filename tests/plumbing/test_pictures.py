@@ -32,14 +32,14 @@ def test_dynamics_are_those_of_the_log(tmp_path):
     draw_dynamics(figure, lines, settings)
     titles = [" ".join(ax.get_title(loc="left").split()) for ax in figure.axes[:4]]
     assert titles == [
-        "Next-token prediction: 3.09 nats per token, 0.91 better than a bigram",
-        "The nearest prototype gets 20% of new words right (chance 10%)",
-        "The hidden states use 0% of their directions at first, 0% at the lowest and 150% at the "
-        "end",
-        "Attention is spread over 62% of all it may see at first, 62% at the lowest and 62% at the "
-        "end"]
+        "Next-token prediction: 3.09 nats per token, 0.91 better than the bigram",
+        "The nearest prototype gets 20% of unseen words right (chance 10%)",
+        "Mean over layers: hidden states use 0% of their directions at first, 0% at the lowest and "
+        "150% at the end",
+        "Mean over layers: attention has 62% of its largest entropy at first, 62% at the lowest "
+        "and 62% at the end"]
     legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes[:2]]
-    assert legends == [["training", "validation", "bigram: 4.00", "knowing nothing: 4.60"],
+    assert legends == [["training", "validation", "bigram: 4.00", "uniform guess: 4.60"],
                        ["nearest prototype*: 20%", "chance: 10%"]]
     save_dynamics(tmp_path, lines, settings)
     assert (tmp_path / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
@@ -50,7 +50,7 @@ def test_comparison_shows_the_ratios(tmp_path):
     figure = draw_comparison(groups, compare(groups))
     loss_ax, accuracy_ax, _ = figure.axes
     assert " ".join(loss_ax.get_title(loc="left").split()) == (
-        "m needs 1.25x more FLOPs than v for the same held-out loss")
+        "m needs 1.25x more FLOPs than v for the same held-out loss (3.09)")
     # Each run's curve goes on to its loss and its cost at the last update.
     vanilla, meta = loss_ax.lines
     assert (vanilla.get_xdata()[-1], meta.get_xdata()[-1]) == (10_000, 20_000)
