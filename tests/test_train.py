@@ -311,10 +311,10 @@ def test_a_finished_run_goes_on_with_more_steps_while_it_has_a_checkpoint(script
 
 # ---- several runs ------------------------------------------------------------------------------
 
-def test_comparison_and_pictures_from_the_command_line(script, tmp_path):
+def test_comparison_and_pictures_from_the_command_line(start, script, tmp_path):
     flags = ["--steps", 20, "--eval-every", 20, "--probe-every", 2]
-    for kind in ([], ["--meta"]):
-        done = script("train.py", *flags, *kind)
+    for job in [start("train.py", *flags, *kind) for kind in ([], ["--meta"])]:
+        done = job.finish()
         assert done.returncode == 0
         # Without a terminal there is no bar, but a line for each evaluation.
         printed = [line for line in done.stdout.splitlines() if ": update " in line]

@@ -5,6 +5,7 @@ write, rename, remove, make or remove a folder), and the writes, flushes and syn
 `plumbing.files` opens, which they do not report. Of many writes to one file the 1st, 8th and 64th
 count, since each only makes a temporary file longer.
 """
+import itertools
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ import plumbing.ner_report
 import plumbing.pictures
 import train
 from conftest import SMALL, toy_text
+from plumbing import treebanks
 from plumbing.checkpoints import DAMAGED, NEWEST
 from plumbing.files import LOCK, write_atomically
 from test_kills import assert_same_run
@@ -105,9 +107,13 @@ class CountedFile:
         self.file.close()
 
 
-def run(folder, chapter, flags, kill_at=None):
-    """Run a chapter's main in folder, in a forked process. Returns (exit code, negative if it was
-    killed, number of file operations)."""
+def run(folder, chapter, flags):
+    """Run a chapter's main in folder. Returns as `end` does."""
+    return end(begin(folder, chapter, flags))
+
+
+def begin(folder, chapter, flags, kill_at=None):
+    """Start a chapter's main in folder, in a forked process; returns a handle for `end`."""
     report, report_end = os.pipe()
     child = os.fork()
     if not child:
@@ -134,6 +140,12 @@ def run(folder, chapter, flags, kill_at=None):
         finally:
             os._exit(code)
     os.close(report_end)
+    return child, report
+
+
+def end(handle):
+    """(exit code, negative if the process was killed, number of its file operations)."""
+    child, report = handle
     _, status = os.waitpid(child, 0)
     number = os.read(report, 20)
     os.close(report)
@@ -143,26 +155,36 @@ def run(folder, chapter, flags, kill_at=None):
 def kill_everywhere(tmp_path, start, chapter, flags, again, check, new_folder=None):
     """Copy the folder `start`, kill the command there at its first operation, then run it to its
     end with the flags `again`, and call check(folder); then at its second operation, and so on.
+    Two folders are at work at a time.
 
     A command that makes a new folder need not run again once that is there. Returns the number of
     operations."""
-    kill_at, recovered = 1, 0
-    while True:
-        folder = tmp_path / f"killed-{kill_at}"
-        shutil.copytree(start, folder)
-        code, _ = run(folder, chapter, flags, kill_at)
-        if code != -signal.SIGKILL:
-            assert code == 0, (folder / "errors").read_text()
-            break
-        if not (new_folder and (folder / new_folder).exists()):
-            code, _ = run(folder, chapter, again)
-            assert code == 0, f"killed at {kill_at}: " + (folder / "errors").read_text()
-        check(folder)
-        assert not [path for path in folder.rglob("*") if path.name.endswith(plumbing.files.MARK)]
-        recovered += 1
-        shutil.rmtree(folder)
-        kill_at += 1
-    return recovered
+    for first in itertools.count(1, 2):
+        folders, killed = {}, []
+        for kill_at in (first, first + 1):
+            folders[kill_at] = shutil.copytree(start, tmp_path / f"killed-{kill_at}")
+        at_work = {kill_at: begin(folder, chapter, flags, kill_at)
+                   for kill_at, folder in folders.items()}
+        for kill_at, handle in at_work.items():
+            code, _ = end(handle)
+            if code == -signal.SIGKILL:
+                killed.append(kill_at)
+            else:
+                assert code == 0, (folders[kill_at] / "errors").read_text()
+        at_work = {kill_at: begin(folders[kill_at], chapter, again) for kill_at in killed
+                   if not (new_folder and (folders[kill_at] / new_folder).exists())}
+        for kill_at, handle in at_work.items():
+            code, _ = end(handle)
+            assert code == 0, f"killed at {kill_at}: " + (folders[kill_at] / "errors").read_text()
+        for kill_at in killed:
+            folder = folders[kill_at]
+            check(folder)
+            left = [path for path in folder.rglob("*") if path.name.endswith(plumbing.files.MARK)]
+            assert not left, kill_at
+        for folder in folders.values():
+            shutil.rmtree(folder)
+        if len(killed) < 2:
+            return first - 1 + len(killed)
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +195,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(model.SIZES, "11m", 24)
     monkeypatch.setattr(meta, "FEWSHOT_EPISODES", 2)
     monkeypatch.setattr(train, "EVAL_TOKENS", 128)
+    monkeypatch.setattr(treebanks, "TOY_SENTENCES", {"train": 40, "dev": 10, "test": 10})
     for module in (plumbing.pictures, plumbing.ner_report):
         monkeypatch.setattr(module, "save_figure",
                             lambda figure, path: write_atomically(path, b"a picture"))
