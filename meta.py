@@ -385,7 +385,8 @@ def parse():
         help="words in the episode")
     add("--k-shot", type=number(int, 1, play.MOST_SHOTS), default=2, help="support rows per word")
     add("--n-query", type=number(int, 1, play.MOST_QUERIES), default=2, help="queries per word")
-    add("--cache", help="folder of prepared texts (default: the one that the run used)")
+    add("--cache", type=filled,
+        help="folder of prepared texts (default: the one that the run used)")
     return parser.parse_args()
 
 

@@ -128,8 +128,10 @@ def check_values(value, seen):
         if not value.isfinite().all():
             raise UserError("it holds values that are not finite")
         identity, items = storage.data_ptr(), []
-    elif isinstance(value, (dict, list)):
-        identity, items = id(value), value.values() if isinstance(value, dict) else value
+    elif isinstance(value, dict):
+        identity, items = id(value), value.values()
+    elif isinstance(value, list):
+        identity, items = id(value), value
     elif isinstance(value, tuple):  # Adam's rates, which its groups share
         if len(value) > 9 or any(not isinstance(item, (int, float)) for item in value):
             raise UserError("a tuple holds more than a few numbers")

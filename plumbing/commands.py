@@ -3,7 +3,6 @@ import argparse
 import errno
 import functools
 import io
-import math
 import os
 import signal
 import sys
