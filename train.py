@@ -14,7 +14,6 @@ import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
 import math
 import platform
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ import torch
 import data
 from meta import MetaHead, evaluate_fewshot, meta_flops, meta_loss, one_question
 from model import SIZES, Config, Decoder, generate, lm_flops
-from plumbing import processes
-from plumbing.commands import Failure, Parser, UserError, command, filled, number
+from plumbing import processes, train_flags
+from plumbing.commands import Failure, UserError, command
 from plumbing.fewshot import evaluation_rows
 from plumbing.machine import compiled, device_in_words, peak_memory, precision, to_device
 from plumbing.ngrams import ngram_losses
@@ -37,9 +36,6 @@ EVAL_TOKENS, EVAL_BATCH = 16_384, 2048
 # The meta head's learning rate, as a fraction of the decoder's. With the full rate, support
 # accuracy fell to chance.
 META_HEAD_SHARE = 0.1
-# These flags are an error without --meta.
-META_FLAGS = ("hybrid_ratio", "meta_start", "n_query", "inner", "inner_steps", "inner_lr", "head",
-              "second_order")
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -315,97 +311,8 @@ def sample_text(decoder, corpus, device):
 # ---- the command -------------------------------------------------------------------------------
 
 def parse(argv=None):
-    """(flags, parser)."""
-    parser = Parser(description="Pretrain a small decoder on next-token prediction, mixed with "
-                                "meta-learning (--meta).")
-    add_run_flags(parser.add_argument_group("run").add_argument)
-    add_text_flags(parser.add_argument_group("model and text").add_argument)
-    add_training_flags(parser.add_argument_group("training").add_argument)
-    add_meta_flags(parser.add_argument_group("meta-learning").add_argument)
-    args = parser.parse_args(argv)
-    for flag in META_FLAGS:
-        if getattr(args, flag) != parser.get_default(flag) and not args.meta:
-            parser.error(f"--{flag.replace('_', '-')} is about meta steps: add --meta")
-    if args.batch_size % args.grad_accum:
-        parser.error(f"--batch-size {args.batch_size} must be a multiple of "
-                     f"--grad-accum {args.grad_accum}")
-    if args.grad_accum % processes.COUNT:
-        parser.error(f"--grad-accum {args.grad_accum} must be a multiple of the "
-                     f"{processes.COUNT} processes")
-    if args.lr is None:
-        d_model = SIZES[args.size]
-        args.lr = 0.75 / d_model
-    if args.name is None:
-        args.name = f"{args.size}-{'meta' if args.meta else 'vanilla'}"
-        if args.seed:
-            args.name += f"-s{args.seed}"
-    if Path(args.name).name != args.name or args.name == ".." or not args.name.isprintable():
-        parser.error(f"--name {args.name} must be a plain folder name; --runs says where it lies")
-    return args, parser
-
-
-def add_run_flags(add):
-    add("--name", type=filled,
-        help="folder of the run (default: SIZE-meta or SIZE-vanilla, then -sN for seed N > 0)")
-    add("--runs", default="runs", type=filled, help="folder that holds the runs")
-    add("--seed", type=number(int, 0), default=0, help="source of every random choice")
-    add("--resume", action="store_true", help="continue a stopped run; --steps may be raised")
-    add("--device", type=filled, help="cuda, mps or cpu (default: the best that is here)")
-    add("--quiet", action="store_true", help="no progress bars")
-    add("--eval-every", type=number(int, 1), default=200,
-        help="updates between evaluations and checkpoints")
-    add("--probe-every", type=number(int, 1), default=100,
-        help="updates between probes, after a dense start (1, 2, 4, ...)")
-
-
-def add_text_flags(add):
-    add("--size", choices=SIZES, default="11m",
-        help="parameters of the decoder, with the default vocabulary")
-    add("--data", type=filled,
-        help="text: a .txt, .jsonl or .jsonl.gz file or a folder of them; GPT-2 ids: .bin files of "
-             "nanoGPT or llm.c; or a folder that data.py --out made (default: the documentation "
-             "on this machine)")
-    add("--tokenizer", choices=["bpe", "gpt2"], default="bpe",
-        help="bpe is learned from the text; gpt2 is fetched once")
-    add("--vocab-size", type=number(int, 260, 65536), default=50304,
-        help="tokens in the vocabulary; 4096 makes a laptop several times faster")
-    add("--cache", type=filled,
-        help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
-
-
-def add_training_flags(add):
-    add("--steps", type=number(int, 1), default=2000, help="updates")
-    add("--batch-size", type=number(int, 1), default=8,
-        help="sequences per next-token update, over all processes and micro-batches")
-    add("--seq-len", type=number(int, 2, 2048), default=128, help="tokens per sequence")
-    add("--grad-accum", type=number(int, 1), default=processes.COUNT,
-        help="micro-batches per update (an episode each in a meta step), over all processes: a "
-             "multiple of their number")
-    add("--lr", type=number(float, 0), help="peak learning rate (default: 0.75 / d_model)")
-    add("--warmup", type=number(float, 0, 1), default=0.15,
-        help="share of the updates in which the rate rises; then it falls to 0")
-
-
-def add_meta_flags(add):
-    add("--meta", action="store_true", help="mix in meta steps")
-    add("--hybrid-ratio", type=number(float, 0, 1), default=0.5,
-        help="probability that an update is a meta step, from --meta-start on")
-    add("--meta-start", type=number(float, 0, 1), default=0.25,
-        help="share of the updates before meta steps may begin: until then the hidden states say "
-             "little about words, and adapting to them makes the model worse")
-    add("--n-way", type=number(int, 2), default=32, help="words (classes) per episode")
-    add("--k-shot", type=number(int, 1), default=4, help="support examples per word")
-    add("--n-query", type=number(int, 1), default=2, help="query examples per word")
-    add("--episode-len", type=number(int, 2, 2048), default=32,
-        help="tokens per example; the last is the masked word")
-    add("--inner", choices=["head", "all"], default="head",
-        help="what the inner loop adapts: the meta head, or the backbone, too")
-    add("--inner-steps", type=number(int, 0), default=10, help="SGD steps on the support set")
-    add("--inner-lr", type=number(float, 0), default=0.1, help="their learning rate")
-    add("--head", choices=["slots", "words"], default="slots",
-        help="meta head: fresh labels in each episode, or an output row per word")
-    add("--second-order", action="store_true",
-        help="full MAML: differentiate through the inner loop")
+    """(flags, parser). plumbing/train_flags.py explains each flag, and so does --help."""
+    return train_flags.parse(SIZES, argv)
 
 
 def out_of_memory(args):
