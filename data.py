@@ -1,13 +1,13 @@
 """Chapter 1. Text as tokens: few-shot episodes and next-token batches.
 
-    python data.py --show --seed 1                       # the default corpus, and one episode
+    python data.py --show --seed 1                       # show the default corpus and an episode
     python data.py book.txt more.jsonl.gz --out FOLDER   # prepare a text for train.py --data FOLDER
 
 Read `EpisodeSampler` first: it turns text into small classification tasks by masking a subset of
-words (SMLMT, Bansal et al. 2020, arXiv 2009.08445). `WordIndex` says which words take part, and
-`lm_batch` makes the ordinary batches. How text becomes tokens is in plumbing/.
+words (SMLMT, Bansal et al. 2020, arXiv 2009.08445). `WordIndex` finds the words that take part,
+and `lm_batch` makes the ordinary batches. The code that turns text into tokens is in plumbing/.
 """
-import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+import plumbing  # noqa: F401 - imported first, so that Ctrl-C during loading exits quietly
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -28,7 +28,7 @@ from plumbing.tokenizer import END, MASK, load_encoding  # noqa: F401 - the last
 
 # Classes are words that occur at least MIN_COUNT times and are not among the MOST_COMMON.
 MIN_COUNT, MOST_COMMON = 64, 100
-# Episodes look for their words in this many training tokens at most.
+# Episodes use the words of at most this many training tokens.
 INDEX_TOKENS = 50_000_000
 
 
@@ -38,7 +38,7 @@ INDEX_TOKENS = 50_000_000
 class Episode:
     """One N-way K-shot task with Q queries per class, in rows of L tokens. All tensors are int64.
 
-    support_ids     (N*K, L)  rows that end at <|mask|>, grouped by label
+    support_ids     (N*K, L)  rows that end with <|mask|>, grouped by label
     support_labels  (N*K,)    0 to N-1: which of the N words was masked
     query_ids       (N*Q, L)
     query_labels    (N*Q,)
@@ -57,7 +57,7 @@ class Episode:
 class EpisodeSampler:
     """Draws episodes from the training tokens of a corpus.
 
-    A row is the `length` tokens that end at an occurrence of its class. It stops there, because a
+    A row is the `length` tokens that end at an occurrence of its word. It stops there, because a
     causal decoder cannot see later tokens. No token lies in both a support and a query row.
     Raises UserError if the text has too few words for such episodes."""
 
@@ -70,24 +70,24 @@ class EpisodeSampler:
         enough = np.array([len(ends) >= k_shot + n_query for ends in self.positions], dtype=bool)
         self.classes = np.flatnonzero(enough & ~corpus.index.is_held_out)
         if len(self.classes) < n_way:
-            raise UserError(f"the text has {len(self.classes)} words that can be classes, and "
-                            f"{n_way}-way episodes of {k_shot} + {n_query} examples need {n_way}: "
-                            "use more text (--data; 1 MB of prose has about 100 such words), or "
-                            "lower --n-way, --k-shot or --n-query")
+            raise UserError(f"the text has {len(self.classes)} words that can be classes, but "
+                            f"{n_way}-way episodes with {k_shot} + {n_query} examples per word "
+                            f"need {n_way}: use more text (--data; 1 MB of prose has about 100 "
+                            "such words), or lower --n-way, --k-shot or --n-query")
 
     def draw(self, seed, step, micro_batch=0):
-        """The Episode of one micro-batch: a function of its arguments, whatever came before."""
+        """Draw the Episode of one micro-batch. It depends only on the arguments."""
         rng = np.random.default_rng([seed, step, micro_batch])
         # A draw fails if a class has too few occurrences clear of the support rows.
         for _ in range(100):
-            # choice() also shuffles: a word's label, its place here, is random in each episode.
+            # choice() also shuffles, so a word's label (its index here) is new in each episode.
             classes = rng.choice(self.classes, self.n_way, replace=False)
             support = [rng.choice(self.positions[c], self.k_shot, replace=False) for c in classes]
             support = np.stack(support)  # (N, K) positions in the tokens
             query = [self.draw_query(rng, self.positions[c], support) for c in classes]
             if all(len(ends) == self.n_query for ends in query):
                 return self.make_episode(classes, support, np.stack(query))
-        raise UserError("the words stand too close together for support and query rows that do "
+        raise UserError("the words occur too close together for support and query rows that do "
                         "not overlap: use more text (--data), or lower --n-way, --k-shot, "
                         "--n-query or --episode-len")
 
@@ -100,7 +100,7 @@ class EpisodeSampler:
         return candidates[distance >= self.length][:self.n_query]
 
     def make_episode(self, classes, support, query):
-        """The Episode of classes (N,) at the positions support (N, K) and query (N, Q)."""
+        """Build the Episode of classes (N,) from the positions support (N, K) and query (N, Q)."""
         labels = torch.arange(self.n_way)
         support_labels = labels.repeat_interleave(self.k_shot)
         query_labels = labels.repeat_interleave(self.n_query)
@@ -110,23 +110,23 @@ class EpisodeSampler:
                        torch.from_numpy(classes))
 
     def masked_rows(self, ends, masked_words):
-        """The rows (R, length) that end at each of `ends`. Every token that is one of masked_words
-        (N,), and so the last one, too, becomes <|mask|>."""
+        """The rows (R, length), one ending at each of `ends`. Every token in masked_words (N,),
+        including the last of each row, becomes <|mask|>."""
         offsets = np.arange(1 - self.length, 1)
         rows = self.tokens[ends.reshape(-1, 1) + offsets].astype(np.int64)
         return torch.from_numpy(np.where(np.isin(rows, masked_words), self.mask_id, rows))
 
 
 class WordIndex:
-    """Where the words that can be classes occur in the training tokens.
+    """The words that can be classes, and where they occur in the training tokens.
 
-    A word is a token that is a space and at least three letters, counted where the next token
-    does not continue it.
+    A word is a token that consists of a space and at least three letters. An occurrence counts
+    only if the next token does not continue the word.
 
     words        (C,)  their token ids
-    is_held_out  (C,)  True for one in ten, by hash: never a class in training. These words
-                       measure few-shot accuracy
-    positions    C arrays of positions in the tokens, each sorted
+    is_held_out  (C,)  True for one word in ten, by hash. These are never classes in training,
+                       and few-shot accuracy is measured on them
+    positions    C sorted arrays of positions in the tokens
     """
 
     def __init__(self, corpus):
@@ -147,7 +147,7 @@ class WordIndex:
         self.positions = np.split(places, np.cumsum(counts[self.words])[:-1])
 
     def occurrences(self, tokens):
-        """The positions in tokens (n,) at which a whole word stands, sorted."""
+        """The sorted positions in tokens (n,) at which a whole word occurs."""
         return np.flatnonzero(self.is_word[tokens[:-1]] & ~self.continues_word[tokens[1:]])
 
 
@@ -156,20 +156,20 @@ def looks_like_word(piece):
 
 
 def looks_like_rest(piece):
-    """Whether a token continues the word before it. U+FFFD stands for a part of a character."""
+    """Whether a token continues the word before it. U+FFFD marks part of a character."""
     return piece[:1].isalnum() or piece[:1] in ("_", "\ufffd")
 
 
 # ---- next-token batches ------------------------------------------------------------------------
 
 def lm_batch(tokens, number, batch_size, seq_len, seed):
-    """Batch `number` of a shuffled walk through tokens (n,), int64 (batch_size, seq_len + 1): the
-    ids are batch[:, :-1], and the targets, one place further on, batch[:, 1:].
+    """Batch `number` of a shuffled pass over tokens (n,): int64 (batch_size, seq_len + 1). The
+    inputs are batch[:, :-1], and the targets, shifted by one position, are batch[:, 1:].
 
-    Each epoch visits every window once, in a new order and from a new offset. A batch depends on
-    the arguments alone. So resuming needs no saved state, and vanilla and meta runs see the same
-    text in the same order."""
-    windows = (len(tokens) - 1) // seq_len - 1  # one less than fit: room for the offset
+    Each epoch visits every window once, in a new order and from a new offset. A batch depends
+    only on the arguments, so resuming needs no saved state, and vanilla and meta runs see the
+    same text in the same order."""
+    windows = (len(tokens) - 1) // seq_len - 1  # one fewer than fit, to leave room for the offset
     rows = []
     for row in range(number * batch_size, (number + 1) * batch_size):
         epoch, i = divmod(row, windows)
@@ -181,13 +181,13 @@ def lm_batch(tokens, number, batch_size, seq_len, seed):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, windows, seq_len):
-    """(a permutation of the windows, their offset) in one epoch."""
+    """(a permutation of the windows, their common offset) for one epoch."""
     rng = np.random.default_rng([seed, epoch, 1])
     return rng.permutation(windows), int(rng.integers(seq_len))
 
 
 def validation_windows(tokens, seq_len, most=64):
-    """Up to `most` windows spread evenly over tokens, int64 (W, seq_len + 1): the same for every
+    """Up to `most` windows spread evenly over tokens: int64 (W, seq_len + 1), the same in every
     run."""
     windows = (len(tokens) - 1) // seq_len
     chosen = np.unique(np.linspace(0, windows - 1, min(most, windows)).astype(int))
@@ -203,7 +203,7 @@ class Corpus:
     train: np.ndarray
     val: np.ndarray
     encoding: tiktoken.Encoding
-    vocab_size: int  # of the decoder; the ids beyond the encoding's are padding
+    vocab_size: int  # of the decoder; ids beyond the tokenizer's are padding
     folder: Path
     info: dict       # documents, bytes, tokens, sha256, source
 
@@ -213,7 +213,7 @@ class Corpus:
 
     @cached_property
     def raw_pieces(self):
-        """The bytes of each token, vocab_size of them; special tokens are empty."""
+        """The bytes of each of the vocab_size tokens; special tokens have none."""
         end = self.encoding.encode_single_token(END)
         pieces = [self.encoding.decode_single_token_bytes(i) for i in range(end)]
         return pieces + [b""] * (self.vocab_size - end)
@@ -225,7 +225,7 @@ class Corpus:
 
     @cached_property
     def token_bytes(self):
-        """(vocab_size,) int64: the bytes of text in each token."""
+        """(vocab_size,) int64: the number of bytes of text in each token."""
         return np.array([len(piece) for piece in self.raw_pieces])
 
     @cached_property
@@ -234,9 +234,9 @@ class Corpus:
 
 
 def load(data=None, tokenizer="bpe", vocab_size=50304, cache=None, quiet=False, check_all=False):
-    """The Corpus of a text, or by default of the documentation on this machine. It is prepared
-    on first use and then cached. vocab_size is at most 65536. Raises UserError, also if the files
-    are not as they were written; check_all reads large ones through, too."""
+    """The Corpus of a text or, by default, of the documentation on this machine. It is prepared
+    on first use and then cached. vocab_size is at most 65536. Raises UserError, also if a prepared
+    file has changed. With check_all, large files are checked completely, too."""
     if data and prepare.is_prepared(Path(data)):
         folder = Path(data)
     else:
@@ -252,7 +252,7 @@ def open_corpus(folder, vocab_size, check_all=False):
 # ---- the command -------------------------------------------------------------------------------
 
 def show(corpus, seed=0):
-    """What a corpus holds, and the episode of a seed, in words."""
+    """Describe a corpus and one episode, drawn with a seed, as text."""
     tokens, n_bytes = len(corpus.train) + len(corpus.val), 0
     for part in (corpus.train, corpus.val):
         for block in prepare.blocks(part):
@@ -262,11 +262,11 @@ def show(corpus, seed=0):
              f"{documents} documents" if documents else "files of token ids",
              f"{tokens:,} tokens, {len(corpus.val):,} of them for validation",
              f"{n_bytes / max(1, tokens):.2f} bytes per token",
-             f"{corpus.encoding.n_vocab:,} tokens in the tokenizer"]
+             f"{corpus.encoding.n_vocab:,} tokens in the vocabulary"]
     if len(corpus.val) > 256 and len(corpus.train) > 1:
         windows = validation_windows(corpus.val, 128, 128)
         losses = ngram_losses(corpus.train, windows, corpus.vocab_size)
-        lines.append(f"validation loss by counting, in nats per token: unigram "
+        lines.append(f"validation loss of n-gram models, in nats per token: unigram "
                      f"{losses['unigram']:.3f}, smoothed bigram {losses['bigram']:.3f}")
     try:
         sampler = EpisodeSampler(corpus, n_way=4, k_shot=2, n_query=1, length=24)
@@ -281,8 +281,8 @@ def show(corpus, seed=0):
 
 
 def sample_without(words, tokens, length=60):
-    """A piece of tokens (n,) from the middle of the text or after it, in which none of the token
-    ids `words` stands: it must not answer the queries of an episode."""
+    """A piece of tokens (n,), from the second half of the text, that contains none of the token
+    ids `words`. Otherwise it might give away the answers to an episode's queries."""
     for start in range(len(tokens) // 2, len(tokens), length):
         sample = tokens[start:start + length]
         if not np.isin(sample, words).any():
@@ -291,7 +291,7 @@ def sample_without(words, tokens, length=60):
 
 
 def shuffle_queries(episode, seed):
-    """The episode with its queries in random order. By label, their order would give the answers
+    """The episode with its queries in random order. Sorted by label, they would give the answers
     away."""
     order = np.random.default_rng(seed).permutation(len(episode.query_labels))
     return replace(episode, query_ids=episode.query_ids[order],
@@ -299,8 +299,7 @@ def shuffle_queries(episode, seed):
 
 
 def text_of(ids, corpus):
-    """The text of token ids; ids that a damaged file may hold beyond the tokenizer's are left
-    out."""
+    """The text of token ids. Ids beyond the tokenizer's, as in a damaged file, are left out."""
     known = [i for i in ids.tolist() if i < corpus.encoding.n_vocab]
     return corpus.encoding.decode(known)
 
@@ -313,7 +312,7 @@ def row_in_words(ids, corpus):
 
 
 def episode_in_words(episode, corpus):
-    """An Episode as text. The order of its rows stays."""
+    """An Episode as text, with its rows in the same order."""
     words = [corpus.pieces[i].strip() for i in corpus.index.words[episode.words]]
     support = [row_in_words(ids, corpus) for ids in episode.support_ids]
     queries = [row_in_words(ids, corpus) for ids in episode.query_ids]
@@ -322,29 +321,31 @@ def episode_in_words(episode, corpus):
 
 
 def parse():
-    parser = Parser(description="Show what a corpus holds (--show), or prepare a text (--out).")
+    parser = Parser(description="Describe a corpus (--show), or prepare a text for training "
+                                "(--out).")
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", type=filled,
         help="text: .txt, .jsonl and .jsonl.gz files (with a `text` field) or folders of them; or "
              "GPT-2 ids: .bin files of nanoGPT or llm.c (default: the documentation on this "
              "machine)")
-    add("--out", type=path, help="new folder for the prepared text, for train.py --data")
-    add("--show", action="store_true", help="print size, baselines, a sample and an episode")
-    add("--seed", type=number(int, 0), default=0, help="of the episode that --show draws")
+    add("--out", type=path, help="new folder for the prepared text; train.py --data reads it")
+    add("--show", action="store_true",
+        help="print the size, n-gram baselines, a sample and an episode")
+    add("--seed", type=number(int, 0), default=0, help="seed of the episode that --show draws")
     add("--tokenizer", choices=["bpe", "gpt2"], default="bpe",
-        help="bpe is learned from the text; gpt2 is fetched once")
+        help="bpe: trained on the text; gpt2: downloaded once")
     add("--vocab-size", type=number(int, 260, 65536), default=50304,
-        help="tokens in the vocabulary")
+        help="vocabulary size; with a smaller one, training is faster")
     add("--cache", type=filled,
         help="folder of prepared texts (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="hide progress bars")
     return parser.parse_args(), parser
 
 
 def prepare_text(args):
-    """Prepare args.paths in the new folder args.out; returns the Corpus. Raises UserError."""
+    """Prepare args.paths in a new folder, args.out. Returns the Corpus; raises UserError."""
     if not is_free(args.out):
-        raise UserError(f"{args.out} is there already: choose another --out")
+        raise UserError(f"{args.out} already exists: choose another --out")
     source, tokenizer = prepare.find_source(args.paths, args.tokenizer, args.vocab_size)
     name = ", ".join(args.paths) or None
     prepare.prepare(args.out, source, tokenizer, args.vocab_size, args.quiet, name)
@@ -357,9 +358,9 @@ def main():
     if not (args.show or args.out):
         parser.error("nothing to do: add --show, or --out FOLDER")
     if args.seed and not args.show:
-        parser.error("--seed is about an episode: add --show")
+        parser.error("--seed only works with --show: add --show")
     if len(args.paths) > 1 and not args.out:
-        parser.error("several paths need --out FOLDER")
+        parser.error("--show reads one PATH: add --out FOLDER to prepare several as one text")
     if args.out:
         corpus = prepare_text(args)
     else:
@@ -371,15 +372,15 @@ def main():
         return
     print(f"{corpus.folder}: {len(corpus.train):,} tokens for training and "
           f"{len(corpus.val):,} for validation")
-    # By default train.py takes 8 rows of 128 tokens, and one for the offset. Of the validation
-    # text it needs one row, and again one more.
+    # By default, train.py needs 8 rows of 128 training tokens and one more for the offset. It
+    # needs one row of validation tokens, and again one more.
     if len(corpus.train) > 9 * 128 and len(corpus.val) > 2 * 128:
         multiple_of_64 = (corpus.encoding.n_vocab + 63) // 64 * 64
         name = corpus.folder.resolve().name
         print(f"next: python train.py --data {corpus.folder} --name {name} "
               f"--vocab-size {multiple_of_64}")
     else:
-        print("too few to train on: add text")
+        print("too few tokens to train on: use more text")
 
 
 if __name__ == "__main__":

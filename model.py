@@ -3,15 +3,15 @@
     python model.py                                       # the table of sizes
     python model.py runs/11m-meta --prompt "Returns the"  # a sample from a trained run
     python model.py runs/11m-meta --export FOLDER         # for Hugging Face's transformers
-    python model.py --import FOLDER --out runs/NAME       # a run from such a folder
+    python model.py --import FOLDER --out runs/NAME       # turn such a folder into a run
 
-Read from `Decoder` downwards, from the whole to its parts. The architecture follows Touvron et
-al. 2023 (arXiv 2302.13971) as the paper configures it: 12 layers, 12 query heads that share 4
-key/value heads (GQA, arXiv 2305.13245), rotary positions (arXiv 2104.09864), RMSNorm, SwiGLU, no
-biases, untied embeddings. Parameter names and the rotary convention are those of Hugging Face's
-LlamaForCausalLM.
+Start at `Decoder` and read down, from the whole to its parts. The architecture follows Touvron
+et al. 2023 (arXiv 2302.13971) as configured in the paper (arXiv 2508.02189): 12 layers, 12 query
+heads that share 4 key/value heads (GQA, arXiv 2305.13245), rotary positions (arXiv 2104.09864),
+RMSNorm, SwiGLU, no biases, untied embeddings. Parameter names and the rotary convention are those
+of Hugging Face's LlamaForCausalLM.
 """
-# First, so that Ctrl-C ends the script quietly while the others load.
+# Imported first, so that Ctrl-C during loading exits quietly.
 from plumbing.kernels import attend, cross_entropy
 
 import codecs
@@ -28,7 +28,7 @@ SIZES = {"11m": 96, "65m": 384, "181m": 768, "570m": 1536}
 
 @dataclass
 class Config:
-    """Everything that fixes the decoder's shape. The defaults are the paper's smallest model."""
+    """The decoder's architecture. The defaults are those of the paper's smallest model."""
     d_model: int = 96
     vocab_size: int = 50304
     n_layer: int = 12
@@ -37,10 +37,10 @@ class Config:
     context: int = 2048    # longest sequence, in tokens
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
-    # Models from elsewhere may differ from the paper's in these three, too.
+    # Imported models may differ from the paper's in these three settings, too.
     d_ff: int = None       # width of the MLP (default: 4 d_model)
-    head_dim: int = None   # width of a head (default: d_model / n_head)
-    tied: bool = False     # lm_head and the embeddings are one matrix
+    head_dim: int = None   # width of an attention head (default: d_model / n_head)
+    tied: bool = False     # lm_head and the embeddings share one matrix
 
     def __post_init__(self):
         if self.d_ff is None:
@@ -52,13 +52,13 @@ class Config:
 # ---- the decoder -------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
-    """The language model: `model`, the backbone, and `lm_head`, which scores the vocabulary.
+    """The language model: the backbone `model`, and `lm_head`, which scores the vocabulary.
 
     Initial standard deviations are 1 / sqrt(inputs) for the weights of the layers, 0.5 for the
     embeddings and 0.02 for lm_head. The two projections that write to the residual stream are
-    also divided by sqrt(2 n_layer), as in GPT-2. With the usual 0.02 everywhere, a narrow model's
-    first large steps make all hidden states alike, and for longer it predicts no more than the
-    frequencies of tokens."""
+    also divided by sqrt(2 n_layer), as in GPT-2. With the usual 0.02 everywhere, the first large
+    steps make all hidden states of a narrow model alike, and it takes longer to learn more than
+    the frequencies of tokens."""
 
     def __init__(self, config, generator=None):
         super().__init__()
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():
-            if p.dim() == 1 or p.is_meta:  # norms start at 1; on device "meta" there are no values
+            if p.dim() == 1 or p.is_meta:  # norms start at 1; device "meta" stores no values
                 continue
             std = p.shape[1] ** -0.5
             if name == "model.embed_tokens.weight":
@@ -80,12 +80,12 @@ class Decoder(nn.Module):
             nn.init.normal_(p, std=std, generator=generator)
 
     def forward(self, ids, caches=None):
-        """Logits (B, T, V) of the token after each of ids (B, T). Training uses `loss`, which
-        never holds them all."""
+        """Logits (B, T, V) for the token after each of ids (B, T). Training uses `loss`, which
+        never holds all of them in memory."""
         return self.lm_head(self.model(ids, caches))
 
     def loss(self, ids, targets, backbone=None):
-        """Mean next-token cross-entropy, in nats, of ids (B, T) against targets (B, T). Training
+        """Mean next-token cross-entropy, in nats, for ids (B, T) and targets (B, T). Training
         passes the compiled form of self.model as `backbone`."""
         if backbone is None:
             backbone = self.model
@@ -94,8 +94,8 @@ class Decoder(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Token ids (B, T) -> final hidden states (B, T, D), float32. This is all that the meta steps
-    of chapter 3 need of the decoder."""
+    """Token ids (B, T) -> final hidden states (B, T, D), float32. The meta steps of chapter 3 use
+    only this part of the decoder."""
 
     def __init__(self, config):
         super().__init__()
@@ -107,8 +107,8 @@ class Backbone(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids, caches=None):
-        """caches, for sampling: a dict for each layer with the keys and values of earlier tokens,
-        which is extended; empty dicts at first."""
+        """caches is for sampling: for each layer, a dict with the keys and values of earlier
+        tokens. It starts empty, and each call extends it."""
         start = 0
         if caches and caches[0]:
             start = caches[0]["k"].shape[2]
@@ -131,7 +131,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None):
-        # x is float32. Casting a block's output first is faster than a sum of two types.
+        # x is float32. Casting a block's output first is faster than adding two types.
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache).to(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).to(x.dtype)
 
@@ -168,7 +168,7 @@ class Attention(nn.Module):
                 k = torch.cat([cache["k"], k], dim=2)
                 v = torch.cat([cache["v"], v], dim=2)
             cache.update(k=k, v=v)
-        # After a filled cache, x is the one newest token, which may see everything.
+        # With a filled cache, x is the newest token alone, which may attend to everything.
         causal = T > 1 and T == k.shape[2]
         out = attend(q, k, v, causal)  # (B, n_head, T, head_dim)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -213,7 +213,7 @@ def rope_tables(config):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + head_dim/2]) of x (B, T, heads, head_dim) by the angle of its
+    """Rotate each pair (x[i], x[i + head_dim/2]) of x (B, T, heads, head_dim) by the angle of its
     position, in the precision of the tables."""
     x = x.to(cos.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
@@ -222,9 +222,9 @@ def rotate(x, cos, sin):
 # ---- cost --------------------------------------------------------------------------------------
 
 def backbone_flops(config, rows, length):
-    """Model FLOPs of one forward pass over rows x length tokens: for each token 2 for each weight
-    of the layers' matrices and, in each layer's attention, 4 x length x the width of all queries,
-    as if without the causal mask."""
+    """Model FLOPs of one forward pass over rows x length tokens. Each token costs 2 per weight of
+    the layers' matrices, plus 4 x length x (width of all queries) for each layer's attention. The
+    causal mask is ignored."""
     d = config.d_model
     queries, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     weights = config.n_layer * (2 * d * queries + 2 * d * kv + 3 * d * config.d_ff)
@@ -232,8 +232,8 @@ def backbone_flops(config, rows, length):
 
 
 def lm_flops(config, rows, length):
-    """Model FLOPs of a next-token training step: a forward pass, output layer included, and a
-    backward pass of twice its cost."""
+    """Model FLOPs of a next-token training step: a forward pass, including the output layer, and a
+    backward pass at twice the cost."""
     output_layer = 2 * rows * length * config.d_model * config.vocab_size
     return 3 * (backbone_flops(config, rows, length) + output_layer)
 
@@ -243,11 +243,11 @@ def lm_flops(config, rows, length):
 @torch.no_grad()
 def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, generator=None,
              stop=None):
-    """Continue ids (a list of int) by up to n_tokens; yields each new id.
+    """Continue ids (a list of int) by up to n_tokens, and yield each new id.
 
-    temperature 0 takes the likeliest token; top_k 0 draws among all. Ids of n_ids and above
-    (padding) are never drawn, and the id `stop` ends the text. With cached keys and values, each
-    new token costs one position. When the context is full, the older half is forgotten."""
+    temperature 0 takes the most likely token; top_k 0 samples from all tokens. Ids from n_ids up
+    (padding) are never sampled, and the id `stop` ends the text. Keys and values are cached, so
+    each new token costs one position. When the context is full, the older half is dropped."""
     device, context = decoder.lm_head.weight.device, decoder.config.context
     ids, caches = list(ids), None
     for _ in range(n_tokens):
@@ -265,8 +265,8 @@ def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, gene
 
 
 def pick(logits, temperature, top_k, generator):
-    """Draw an id from logits (V,)."""
-    if temperature < 1e-6:  # where a division would overflow
+    """Sample an id from logits (V,)."""
+    if temperature < 1e-6:  # dividing by it might overflow
         return logits.argmax().item()
     if top_k:
         smallest_kept = logits.topk(min(top_k, len(logits))).values[-1]
@@ -276,18 +276,18 @@ def pick(logits, temperature, top_k, generator):
 
 
 def print_sample(decoder, encoding, args, device):
-    """Print the prompt and what the model makes of it, token by token."""
+    """Print the prompt and the model's continuation, token by token."""
     from plumbing.commands import UserError
     from plumbing.machine import precision
     from plumbing.tokenizer import MASK
-    end = encoding.eot_token  # None if a model from elsewhere has no such token
+    end = encoding.eot_token  # None if an imported model has no such token
     ids = encoding.encode_ordinary(args.prompt) or [end]
     if ids == [None]:
-        raise UserError("this model has no token to begin an empty text with: give a --prompt")
-    # The mask, which comes last, is never drawn, nor is the padding after it.
+        raise UserError("this model has no token that starts a text: give a --prompt")
+    # Never sample the mask, which is the last token, or the padding after it.
     n_ids = encoding.n_vocab - (MASK in encoding.special_tokens_set)
     generator = torch.Generator().manual_seed(args.seed)
-    # A character may be split over several tokens.
+    # A character may be split across several tokens.
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     print(args.prompt, end="", flush=True)
     with precision(device):
@@ -301,13 +301,13 @@ def print_sample(decoder, encoding, args, device):
 
 def load_run(folder, device="cpu"):
     """(decoder, settings) of a trained or imported run; settings is its config.json as a dict.
-    Raises UserError, a ValueError, if the folder holds no such run."""
+    Raises UserError, a ValueError, if the folder holds no usable run."""
     decoder, settings, _ = load_checkpointed(folder, device)
     return decoder, settings
 
 
 def load_checkpointed(folder, device="cpu"):
-    """As load_run, and the checkpoint itself, a dict."""
+    """Like load_run, but also returns the checkpoint, a dict."""
     from plumbing.checkpoints import load_checkpoint
     from plumbing.commands import UserError
     from plumbing.huggingface import config_fields
@@ -318,20 +318,21 @@ def load_checkpointed(folder, device="cpu"):
     elif settings["size"] in SIZES:
         config = Config(SIZES[settings["size"]], settings["vocab_size"])
     else:
-        raise UserError(f"{folder} is of size {settings['size'][:40]}: known are "
-                        + ", ".join(SIZES))
+        raise UserError(f"{folder} has the unknown size {settings['size'][:40]}: use a run of "
+                        "size " + ", ".join(SIZES))
     checkpoint = load_checkpoint(folder)
     weights = checkpoint.get("model")
-    # A damaged config.json must not take all memory.
+    # Compare shapes first, so that a damaged config.json cannot use up all memory.
     if not isinstance(weights, dict) or shapes(config) != shapes_of(weights):
-        raise UserError(f"the checkpoint in {folder} does not fit its config.json")
+        raise UserError(f"the checkpoint in {folder} does not fit its config.json: both must come "
+                        "from the same run")
     decoder = Decoder(config)
     decoder.load_state_dict(weights)
     return decoder.to(device), settings, checkpoint
 
 
 def shapes(config):
-    """{name: shape} of a decoder's parameters, without memory for their values."""
+    """{name: shape} of a decoder's parameters, without allocating their values."""
     with torch.device("meta"):
         return shapes_of(Decoder(config).state_dict())
 
@@ -355,25 +356,26 @@ def table_of_sizes():
 
 def parse():
     from plumbing.commands import Parser, filled, number, path
-    parser = Parser(description="Print the table of sizes, sample from a run, or export it.")
+    parser = Parser(description="Print the table of sizes, sample from a run, export it, or "
+                                "import a model.")
     add = parser.add_argument
     add("run", nargs="?", type=filled,
         help="folder of a trained run, such as runs/11m-meta (default: print the sizes)")
     add("--import", type=path, metavar="FOLDER", dest="model_folder",
-        help="make a run of a downloaded model folder: config.json, model.safetensors and "
-             "tokenizer.json of a Llama or of the paper's pico_decoder")
+        help="turn a downloaded model folder into a run; it needs config.json, model.safetensors "
+             "and tokenizer.json of a Llama or of the paper's pico_decoder")
     add("--out", type=path, metavar="RUN", help="new folder for the imported run")
     add("--export", type=path, metavar="FOLDER",
-        help="write the model for Hugging Face's transformers, to a new folder")
+        help="write the model to this new folder, for Hugging Face's transformers")
     add("--prompt", default="Returns the", help="text to continue")
     add("--tokens", type=number(int, 0), default=200,
-        help="tokens to add at most; the end of a document ends the text")
+        help="maximum number of tokens to add; the end of a document stops earlier")
     add("--temperature", type=number(float, 0), default=0.8,
-        help="0 takes the likeliest token each time")
+        help="higher values give more varied text; 0 always takes the most likely token")
     add("--top-k", type=number(int, 0), default=50,
-        help="draw among the k likeliest tokens; 0: among all")
-    add("--seed", type=number(int, 0), default=0, help="seed of the draws")
-    add("--device", type=filled, help="cuda, mps or cpu (default: the best that is here)")
+        help="sample from the k most likely tokens; 0: from all")
+    add("--seed", type=number(int, 0), default=0, help="seed of the sample")
+    add("--device", type=filled, help="cuda, mps or cpu (default: the best available)")
     return parser.parse_args(), parser
 
 
@@ -383,15 +385,15 @@ def sample_or_export():
     from plumbing.tokenizer import load_encoding
     args, parser = parse()
     if (args.model_folder is None) != (args.out is None) or (args.out and args.run):
-        parser.error("--import FOLDER and --out RUN belong together, without another run")
+        parser.error("--import FOLDER and --out RUN only work together, and without another RUN")
     if args.run is None and args.out is None:
         print(table_of_sizes())
         return
     if args.export and args.export.exists():
-        parser.error(f"{args.export} is there already: choose another folder")
+        parser.error(f"{args.export} already exists: choose another folder")
     if args.out:
         if args.out.exists():
-            parser.error(f"{args.out} is there already: choose another --out")
+            parser.error(f"{args.out} already exists: choose another --out")
         import_folder(args.model_folder, args.out, lambda fields: shapes(Config(**fields)))
         print(f"{args.out}: imported; next: python ner.py {args.out}")
         return

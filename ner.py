@@ -3,14 +3,14 @@
     python ner.py runs/11m-vanilla runs/11m-meta
     python ner.py runs/11m-vanilla* runs/11m-meta* --scratch --test en_ewt da_ddt --mode head full
 
-A linear layer, the tag head, reads each word's tag (person, organisation, place) off the
-decoder's last hidden state. Tuned alone on frozen states (mode `head`), it shows what they already
-know. Tuned together with the decoder (mode `full`), it shows how good a start the decoder is. Read
-`tune` first, then `entities` and `scores`. The tuning is that of the paper (arXiv 2508.02189). The
-data and the scores are those of Universal NER (Mayhew et al. 2024, arXiv 2311.09122). Writes
-ner/ner.json and ner/ner.png.
+A linear layer, the tag head, predicts each word's tag (person, organisation, place) from the
+decoder's last hidden state. Tuned alone on frozen states (mode `head`), it shows what these states
+already contain. Tuned together with the decoder (mode `full`), it shows how good a starting point
+the decoder is. Read `tune` first, then `entities` and `scores`. The tuning follows the paper
+(arXiv 2508.02189), the data and the scores Universal NER (Mayhew et al. 2024, arXiv 2311.09122).
+The results are ner/ner.json and ner/ner.png.
 """
-import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+import plumbing  # noqa: F401 - imported first, so that Ctrl-C during loading exits quietly
 
 import copy
 import math
@@ -34,23 +34,23 @@ from plumbing.ner_report import report, tuning_speed
 from plumbing.tokenizer import load_encoding
 from plumbing.treebanks import TAGS, TEST_ONLY, TRAINED, TYPES, load_treebanks
 
-# Mode `head` learns at the rate HEAD_LR / d_model. 10 was the best on dev of en_ewt at 11m.
+# The learning rate of mode `head` is HEAD_LR / d_model. 10 was best on en_ewt's dev set at 11m.
 HEAD_LR = 10
-# The rate of mode `full`, the paper's.
+# The learning rate of mode `full`, as in the paper.
 FULL_LR = 3e-5
-# Sentences that are tagged at a time.
+# Sentences tagged at a time.
 TAGGED_AT_ONCE = 64
 
 
 # ---- the tagger --------------------------------------------------------------------------------
 
 def tune(backbone, mode, train, dev, epochs, lr, batch_size, seed, bar):
-    """Fit a tag head to frozen states (mode "head"), or together with a copy of the backbone
-    ("full"), by AdamW with a rate that falls linearly to 0.
+    """Train a tag head on frozen states (mode "head"), or together with a copy of the backbone
+    ("full"). AdamW's learning rate falls linearly to 0.
 
     train and dev are lists of Sentence. The weights of the epoch with the best F1 on dev are
-    kept; without dev, those of the last. Returns (Tagger, losses (steps,) in nats per word, F1 on
-    dev, epoch)."""
+    kept or, without dev, those of the last epoch. Returns (Tagger, losses (steps,) in nats per
+    word, F1 on dev, epoch)."""
     rng = np.random.default_rng(seed)
     tagger = Tagger(backbone, mode, seed)
     parameters = tagger.parameters()
@@ -84,7 +84,7 @@ def tune(backbone, mode, train, dev, epochs, lr, batch_size, seed, bar):
 
 
 class Tagger:
-    """A linear tag head over the states of a backbone, frozen or a copy that is tuned, too."""
+    """A linear tag head on a backbone, which is frozen or a copy that is tuned, too."""
 
     def __init__(self, backbone, mode, seed):
         self.frozen = mode == "head"
@@ -108,7 +108,7 @@ class Tagger:
 
     @torch.no_grad()
     def predict(self, sentences):
-        """The tags of each sentence, a list of strings; O beyond the words that could be read."""
+        """The tags of each sentence, a list of strings. Words beyond the first K are tagged O."""
         tags = {}
         for batch in batches(sentences, TAGGED_AT_ONCE):
             best = self.logits(batch).argmax(dim=1).cpu()
@@ -120,20 +120,20 @@ class Tagger:
 
 @dataclass
 class Sentence:
-    """W words, of which the first K can be tagged: their tokens lie within the first max_len."""
+    """W words, of which the first K can be tagged: they start within the first max_len tokens."""
     words: list                  # W strings
     tags: list                   # W strings, gold
     ids: torch.Tensor            # (T,) int64, T <= max_len
-    position: torch.Tensor       # (K,) the token whose state stands for the word: its first
+    position: torch.Tensor       # (K,) the word's first token, whose state represents it
     label: torch.Tensor          # (K,) indices in TAGS
-    states: torch.Tensor = None  # (K, D), once frozen_states has met the sentence
+    states: torch.Tensor = None  # (K, D), filled in by frozen_states
 
 
 def encode(sentences, encoding, max_len=128):
-    """[Sentence] of [(words, tags)], whose words are joined by spaces."""
+    """[(words, tags)] -> [Sentence]. Words are joined by spaces."""
     n_bytes = np.array([len(encoding.decode_single_token_bytes(i))
                         for i in range(encoding.n_vocab)])
-    # The tokens of a model from elsewhere may spell another Unicode form of the text.
+    # The tokenizer of an imported model may change the Unicode form of the text.
     spelling = getattr(encoding, "normalise", str)
     texts = [" ".join(words) for words, _ in sentences]
     encoded = []
@@ -165,7 +165,7 @@ def batches(sentences, size, rng=None):
 
 
 def word_states(backbone, batch):
-    """(words, D) float32: the last hidden states that stand for the words of a batch."""
+    """(words, D) float32: the last hidden states that represent the words of a batch."""
     device = backbone.cos.device
     # Padding comes last, and causal attention never looks ahead.
     ids = pad_sequence([s.ids for s in batch], batch_first=True).to(device)  # (B, T)
@@ -177,8 +177,8 @@ def word_states(backbone, batch):
 
 @torch.no_grad()
 def frozen_states(backbone, batch):
-    """word_states, on the CPU, of a frozen backbone: computed once for each sentence, for all
-    epochs and seeds."""
+    """word_states of a frozen backbone, on the CPU. They are computed once per sentence and reused
+    in all epochs and seeds."""
     new = [s for s in batch if s.states is None]
     if new:
         states = word_states(backbone, new).cpu()
@@ -190,8 +190,8 @@ def frozen_states(backbone, batch):
 # ---- scores ------------------------------------------------------------------------------------
 
 def entities(tags):
-    """{(type, start, end)} of IOB2 tags, with end exclusive, by the CoNLL rules: an I- that
-    continues nothing starts an entity (seqeval's default)."""
+    """{(type, start, end)} of the entities in IOB2 tags; end is exclusive. By the CoNLL rules, an
+    I- tag that continues nothing starts an entity (seqeval's default)."""
     spans, kind, start = set(), None, 0
     for i, tag in enumerate([*tags, "O"]):
         prefix, _, tag_kind = tag.partition("-")
@@ -204,8 +204,8 @@ def entities(tags):
 
 
 def count(sentences, predicted):
-    """(S, types, 3): of each sentence, the entities that predicted tags find, make up, and miss
-    (tp, fp, fn)."""
+    """(S, types, 3): for each sentence and type, how many entities the predicted tags find, make
+    up and miss (tp, fp, fn)."""
     counts = np.zeros((len(sentences), len(TYPES), 3), dtype=int)
     for row, sentence, tags in zip(counts, sentences, predicted):
         gold, found = entities(sentence.tags), entities(tags)
@@ -216,8 +216,8 @@ def count(sentences, predicted):
 
 
 def scores(counts):
-    """Precision, recall and F1, (..., 3), from 0 to 1, of tp, fp and fn (..., 3). Where one is
-    undefined it is 0, as in seqeval."""
+    """Precision, recall and F1 (..., 3), from 0 to 1, for counts of tp, fp and fn (..., 3). An
+    undefined score is 0, as in seqeval."""
     tp, fp, fn = np.moveaxis(counts, -1, 0)
     p = tp / np.maximum(tp + fp, 1)
     r = tp / np.maximum(tp + fn, 1)
@@ -232,14 +232,14 @@ def f1_of(counts):
 # ---- the grid of runs, treebanks, modes and seeds ----------------------------------------------
 
 def load_models(runs, scratch):
-    """(models, groups) of run folders: {name: (decoder on the CPU, encoding)}, and {label: {seed:
-    name}} of runs that differ in their seed alone. With scratch also an untrained decoder for each
-    size, vocabulary and seed: the run before its first update. Raises UserError."""
+    """(models, groups) of run folders. models is {name: (decoder on the CPU, encoding)}. groups is
+    {label: {seed: name}}, for runs that differ only in their seed. With scratch, both include an
+    untrained decoder for each size, vocabulary and seed. Raises UserError."""
     models, untrained, members = {}, {}, []
     for run in runs:
         name = printable(Path(run).resolve().name)
         if name in models:
-            raise UserError(f"two runs are called {name}, and results are kept by name: "
+            raise UserError(f"two runs are called {name}, but results are stored by name: "
                             "rename one folder")
         decoder, settings = load_run(run)
         models[name] = decoder, load_encoding(run)
@@ -250,7 +250,7 @@ def load_models(runs, scratch):
             untrained[scratch_name(kind, untrained)] = kind, name
     for scratch_run, (kind, name) in untrained.items():
         if scratch_run in models:
-            raise UserError(f"a run is called {scratch_run}, as the untrained decoder is: rename "
+            raise UserError(f"a run has the name of an untrained decoder, {scratch_run}: rename "
                             "its folder")
         decoder, encoding = models[name]
         generator = torch.Generator().manual_seed(kind["seed"])
@@ -273,8 +273,8 @@ def scratch_name(kind, taken):
 
 
 def run_grid(args, models, treebanks, cells):
-    """Tune and test what `cells` lacks; each tuning's results are added and saved at once. Raises
-    UserError."""
+    """Tune and test what is missing in `cells`. The results of each tuning are saved immediately.
+    Raises UserError."""
     device = pick_device(args.device)
     rates = {}
     for run, (decoder, _) in models.items():
@@ -333,52 +333,53 @@ def parse():
                                 "compare the runs.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN",
-        help="folders of trained runs; those that differ in their seed alone are one group, and "
+        help="folder of a trained run; runs that differ only in their seed form one group, and "
              "the first two groups are compared")
     add("--scratch", action="store_true",
-        help="add a decoder as it was before training, for each size, vocabulary and seed: what "
-             "did pretraining buy?")
+        help="also tune an untrained decoder of each size, vocabulary and seed: this shows what "
+             "pretraining adds")
     add("--train", nargs="+", default=["en_ewt"], metavar="T", choices=[*TRAINED, "toy", "all"],
-        help=f"treebanks to tune on (default: en_ewt): {', '.join(TRAINED)}, toy (made up), all "
-             "(as one)")
+        help=f"treebanks to tune on, each separately (default: en_ewt): {', '.join(TRAINED)}, toy "
+             "(made up), all (UNER's as one)")
     add("--test", nargs="+", default=["en_ewt"], metavar="T",
         choices=[*TRAINED, *TEST_ONLY, "toy"],
-        help=f"treebanks to score on (default: en_ewt): those, and {', '.join(TEST_ONLY)}")
+        help="treebanks to score on (default: en_ewt): the same except all, and "
+             f"{', '.join(TEST_ONLY)}")
     add("--mode", nargs="+", default=["head"], choices=["head", "full"],
-        help="tune the tag head alone (default), or the decoder, too")
+        help="head: tune only the tag head (default); full: tune the decoder, too")
     add("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
-        help="tunings of each kind, with seeds 0 to N - 1")
+        help="repeat each tuning with seeds 0 to N - 1, to see how much the scores vary")
     add("--uner", metavar="FOLDER", type=filled,
-        help="folder with UNER's .iob2 files (default: the cache, filled by download)")
+        help="folder with UNER's .iob2 files (default: download them to the cache)")
     add("--epochs", type=number(int, 1), default=10,
-        help="passes over the training treebank; the best on dev counts")
+        help="passes over the training treebank; the best epoch on dev is kept")
     add("--batch-size", type=number(int, 1), default=16, help="sentences per update")
     add("--lr", type=number(float, 1e-12, 1e9),
-        help=f"first learning rate, falling to 0 (default: {HEAD_LR} / d_model for head, "
-             f"{FULL_LR:g} for full)")
+        help=f"initial learning rate, which falls to 0 (default: {HEAD_LR} / d_model for head, "
+             f"{FULL_LR:g} for full; the paper: {FULL_LR:g} for both)")
     add("--max-len", type=number(int, 1, 2048), default=128,
-        help="tokens read of a sentence; words beyond are tagged O")
+        help="tokens to read per sentence; later words are tagged O")
     add("--out", default="ner", metavar="FOLDER", type=filled,
-        help="results; finished ones stay, so that the same command continues")
+        help="folder for results; the same command continues a stopped job there")
     add("--predictions", action="store_true",
-        help="write word, gold and predicted tag of every test set, as .tsv")
-    add("--device", type=filled, help="cuda, mps or cpu (default: the best that is here)")
+        help="write the gold and predicted tag of each test word to .tsv files")
+    add("--device", type=filled, help="cuda, mps or cpu (default: the best available)")
     add("--cache", metavar="FOLDER", type=filled,
-        help="folder of downloads (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
-    add("--quiet", action="store_true", help="no progress bars")
+        help="folder for downloads (default: nanomaml under $XDG_CACHE_HOME or ~/.cache)")
+    add("--quiet", action="store_true", help="hide progress bars")
     return parser.parse_args(), parser
 
 
 @command
 def main():
     args, parser = parse()
-    # What is named twice counts once.
+    # A value given twice counts once.
     args.train, args.test = list(dict.fromkeys(args.train)), list(dict.fromkeys(args.test))
     args.mode = list(dict.fromkeys(args.mode))
     if args.uner and not Path(args.uner).is_dir():
-        parser.error(f"--uner {args.uner}: no such folder")
+        parser.error(f"--uner {args.uner}: no such folder, check the name")
     for run in args.runs:
-        read_settings(run)  # an unknown run is an error at once
+        read_settings(run)  # an unknown run fails early
     with locked(args.out, "choose another --out"):
         cells = read_cells(args.out)
         treebanks = load_treebanks(args.train, args.test, args.uner, args.cache, args.quiet)
@@ -386,8 +387,8 @@ def main():
         try:
             run_grid(args, models, treebanks, cells)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"What is finished lies in {args.out}, and the same command "
-                                    "continues.") from None
+            raise KeyboardInterrupt(f"Finished results are in {args.out}. To continue, give the "
+                                    "same command again.") from None
         print(report(args, groups, cells, f1_of))
 
 

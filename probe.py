@@ -2,15 +2,15 @@
 
     python probe.py runs/11m-meta                    # pictures and a table of phases of one run
     python probe.py runs/11m-vanilla runs/11m-meta   # comparison at equal cost
-    python probe.py runs/11m-meta --live             # a page in the browser, as the job runs
+    python probe.py runs/11m-meta --live             # a page in the browser, during training
     python probe.py runs/pico-tiny                   # one measurement of an imported model
 
-Read `effective_rank` and `head_entropy` first. `measure` applies them to a decoder and makes the
-probe lines of a run's log; train.py calls it. A phase is a rise or a fall of such a curve over
-training. Phases, comparison, pictures and the live page are in plumbing/: phases.py, compare.py,
+Read `effective_rank` and `head_entropy` first. `measure` applies them to a decoder; train.py calls
+it and logs the result as a probe line. A phase is a rise or fall of such a curve over training.
+Phases, comparison, pictures and the live page are in plumbing/: phases.py, compare.py,
 pictures.py, live.py.
 """
-import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+import plumbing  # noqa: F401 - imported first, so that Ctrl-C during loading exits quietly
 
 import json
 import math
@@ -34,21 +34,22 @@ from plumbing.phases import phase_count_table, phase_counts, phase_table, phases
 from plumbing.pictures import draw_comparison, save_dynamics, save_figure
 from plumbing.tokenizer import END, load_encoding
 
-# Validation windows in the batch that train.py probes.
+# Validation windows in the batch on which train.py probes.
 PROBE_WINDOWS = 4
-# Tokens in the windows of a model without a log; runs have --seq-len, 128 by default.
+# Tokens per window for a model without a log. Runs use --seq-len, 128 by default.
 ONCE_LENGTH = 128
 
 
 # ---- measures ----------------------------------------------------------------------------------
 
 def effective_rank(matrix):
-    """How many directions a matrix (m, n) really uses: exp of the entropy of its singular values
-    once they are scaled to sum to 1 (Roy & Vetterli 2007).
+    """How many directions a matrix (m, n) really uses: exp of the entropy of its singular values,
+    scaled to sum to 1 (Roy & Vetterli 2007).
 
-    From 1 to min(m, n); 0 for a matrix of zeros, NaN for one that is not finite."""
+    It lies between 1 and min(m, n). It is 0 for a zero matrix, and NaN for one that is not finite.
+    """
     matrix = matrix.detach()
-    if matrix.device.type == "mps":  # which has no float64
+    if matrix.device.type == "mps":  # MPS has no float64
         matrix = matrix.cpu()
     matrix = matrix.double()
     # The singular values are the square roots of the eigenvalues of the Gram matrix. The smaller
@@ -69,8 +70,9 @@ def head_entropy(q, k):
     """How evenly each head spreads its causal attention: the entropy in nats at each position,
     averaged over the batch, (n_head, T).
 
-    From queries (B, n_head, T, head_dim) and keys (B, n_kv_head, T, head_dim). A head that looks
-    evenly at t positions has ln t, and one that looks at a single position has 0."""
+    Takes queries (B, n_head, T, head_dim) and keys (B, n_kv_head, T, head_dim). A head that
+    attends equally to t positions has entropy ln t; one that attends to a single position has 0.
+    """
     n_head, T, head_dim = q.shape[1:]
     group = n_head // k.shape[1]  # query heads that share a key head
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
@@ -83,14 +85,14 @@ def head_entropy(q, k):
 
 
 def measure(decoder, batch, show_progress=False):
-    """The figures of a probe line, from validation windows batch (B, T+1).
+    """The values of a probe line, measured on a batch (B, T+1) of validation windows.
 
     effective_rank, one value per layer: of the centred hidden states, and the mean over the
-    weight matrices of attention and of MLP, and over their gradients of the next-token loss.
-    proportional_effective_rank: the same, divided by the largest rank possible.
+    weight matrices of attention and of the MLP, and over their gradients of the next-token loss.
+    proportional_effective_rank: the same, divided by the largest possible rank.
     head_entropy, one value per layer and head: in nats, and divided by ln t. Position 0, which
     sees only itself, is left out.
-    The decoder stays as it is, and its gradients are cleared."""
+    The decoder does not change, but its gradients are cleared."""
     hidden, queries_and_keys = run_with_gradient(decoder, batch)
     matrices = {name: [] for name in ("hidden", "attention", "mlp", "attention_grad", "mlp_grad")}
     for layer, states in zip(decoder.model.layers, hidden):
@@ -120,7 +122,7 @@ def measure(decoder, batch, show_progress=False):
 
 
 def run_with_gradient(decoder, batch):
-    """Run batch (B, T+1) forward and backward; leaves the gradient of the next-token loss in the
+    """Run batch (B, T+1) forward and backward, and leave the gradient of the next-token loss in the
     parameters. Returns (hidden states (B, T, D) after each layer, (queries, keys) of each)."""
     hidden, queries_and_keys, hooks = [], [], []
 
@@ -149,8 +151,8 @@ def mean(values):
 
 
 def is_probe_step(step, every, last):
-    """Whether a run is probed after `step` updates: at the multiples of `every`, at the last step,
-    and before `every` at 1, 2, 4, 8, ..., since the ranks change most in the first updates."""
+    """Whether to probe after `step` updates: at multiples of `every`, at the last step and, before
+    `every`, at 1, 2, 4, 8, ..., since the ranks change most in the first updates."""
     is_power_of_two = (step & (step - 1)) == 0
     return step % every == 0 or step == last or (step < every and is_power_of_two)
 
@@ -158,13 +160,13 @@ def is_probe_step(step, every, last):
 # ---- a model without a log ---------------------------------------------------------------------
 
 def has_no_log(folder):
-    """Whether a run has weights but no log, as imported models have none."""
+    """Whether a run has weights but no log, like an imported model."""
     return (folder / NEWEST).exists() and not (folder / "metrics.jsonl").exists()
 
 
 def measure_once(folder, cache=None):
-    """The figures of `measure` for a run's weights, on the default validation text in its own
-    tokens. Raises UserError."""
+    """The values of `measure` for a run's weights, on the default validation text encoded by the
+    run's tokenizer. Raises UserError."""
     decoder, _ = load_run(folder)
     encoding = load_encoding(folder)
     corpus = data.load(cache=cache)
@@ -180,7 +182,7 @@ def measure_once(folder, cache=None):
 
 
 def layer_table(figures):
-    """The figures of `measure` in words, a row for each layer."""
+    """The values of `measure` as a table, with one row per layer."""
     ranks, entropy = figures["effective_rank"], figures["head_entropy"]
     header = "".join(f"{name:>16}" for name in [*ranks, "entropy (nats)", "of uniform"])
     lines = ["effective rank of hidden states, weights and gradients, and attention entropy",
@@ -195,17 +197,17 @@ def layer_table(figures):
 # ---- the command -------------------------------------------------------------------------------
 
 def parse():
-    parser = Parser(description="Pictures and phases of one run (dynamics.png and phases.json in "
-                                "its folder), the comparison of several, or a live page of "
-                                "both (--live).")
+    parser = Parser(description="Draw one run and list its phases (dynamics.png and phases.json "
+                                "in its folder), compare several runs, or show them on a live "
+                                "page (--live).")
     add = parser.add_argument
     add("runs", nargs="+", type=path, metavar="RUN",
         help="folder of a run; runs that differ only in their seed are grouped, and later groups "
              "are compared with the first")
     add("--live", action="store_true",
-        help="show the runs on a page in the browser, finished or not; it follows their logs")
+        help="show the runs, finished or not, on a page in the browser that follows their logs")
     add("--port", type=number(int, 0, 65535),
-        help="of the live page; 0 is any that is free (default: 8765, or the next that is free)")
+        help="port of the live page; 0: any free port (default: 8765, or the next free one)")
     add("--out", type=path, default=Path("compare"),
         help="folder for compare.png and compare.json (default: compare)")
     add("--cache", type=filled,
@@ -213,7 +215,7 @@ def parse():
              "$XDG_CACHE_HOME or ~/.cache)")
     args = parser.parse_args()
     if args.port is not None and not args.live:
-        parser.error("--port is about the live page: add --live")
+        parser.error("--port only works with --live: add --live")
     return args, parser
 
 
@@ -249,11 +251,11 @@ def compare_runs(logs, found, out):
 @command
 def main():
     args, parser = parse()
-    # A run that is named twice counts once.
+    # A run named twice counts once.
     folders = list({folder.resolve(): folder for folder in args.runs}.values())
     without_log = [folder for folder in folders if has_no_log(folder)]
     if without_log and (args.live or len(folders) > 1):
-        parser.error(f"{without_log[0]} has no log: look at it alone, without --live")
+        parser.error(f"{without_log[0]} has no log: probe it alone, without --live")
     if without_log:
         print(layer_table(measure_once(folders[0], args.cache)))
         return
@@ -261,7 +263,7 @@ def main():
         serve(folders, args.port)
         return
     if len(folders) > 1 and args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is there and no folder: choose another one")
+        parser.error(f"--out {args.out} is not a folder: choose another --out")
     logs, found = look_at(folders)
     if len(folders) > 1:
         compare_runs(logs, found, args.out)

@@ -1,15 +1,15 @@
-"""Chapter 5. The training loop: a coin chooses the kind of each update.
+"""Chapter 5. The training loop: a coin flip chooses the kind of each update.
 
     python train.py --size 11m --meta   # hybrid: next-token steps and first-order MAML steps
     python train.py --size 11m          # vanilla: next-token steps only
     torchrun --standalone --nproc_per_node=2 train.py --size 65m --meta    # two processes
 
-Read `loop` first. A run writes runs/<name>/: config.json, metrics.jsonl (a JSON object a line),
-ckpt.pt and, at the end, dynamics.png. Every random choice in training is a function of --seed and
-a number, such as that of the step, so that a vanilla and a hybrid run see the same text in the
+Read `loop` first. A run writes to runs/<name>/: config.json, metrics.jsonl (one JSON object per
+line), ckpt.pt and, at the end, dynamics.png. Every random choice in training depends only on
+--seed and a counter, such as the step, so a vanilla and a hybrid run see the same text in the
 same order. "The paper" is arXiv 2508.02189.
 """
-import plumbing  # noqa: F401 - first: Ctrl-C ends quietly while the others load
+import plumbing  # noqa: F401 - imported first, so that Ctrl-C during loading exits quietly
 
 import math
 import platform
@@ -31,9 +31,9 @@ from plumbing.runs import open_run
 from plumbing.summary import summary
 from probe import PROBE_WINDOWS, is_probe_step, measure
 
-# Validation tokens that an evaluation reads: in all, and per batch.
+# Validation tokens that an evaluation reads: in total, and per batch.
 EVAL_TOKENS, EVAL_BATCH = 16_384, 2048
-# The meta head's learning rate, as a fraction of the decoder's. With the full rate, support
+# The meta head's learning rate, as a fraction of the decoder's. At the full rate, support
 # accuracy fell to chance.
 META_HEAD_SHARE = 0.1
 
@@ -49,13 +49,13 @@ def loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run):
     autocast = precision(device)
     backbone, seconds = compiled(decoder.model, args.steps, training_shapes(args))
     if seconds and processes.is_first():
-        run.bar.write(f"compiled in {seconds:.0f} s, which the log does not count")
+        run.bar.write(f"compiled in {seconds:.0f} s (not counted in the log)")
     # The compiled backbone has no second derivatives, and adapting the backbone may need them.
     meta_backbone = backbone if args.inner == "head" else decoder.model
     cost = {"lm": lm_cost(args, decoder), "meta": meta_cost(args, decoder, meta_head)}
 
     for step in range(run.step, args.steps + 1):
-        # Probe and evaluate. This is not training time, and a resumed run may have done it.
+        # Probe and evaluate. This is not training time, and a resumed run may have done it before.
         probing = is_probe_step(step, args.probe_every, args.steps)
         evaluating = step % args.eval_every == 0 or step == args.steps
         if probing or evaluating:
@@ -81,7 +81,7 @@ def loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run):
                         meta_backbone, meta_head, episode, args.inner, args.inner_steps,
                         args.inner_lr, args.second_order)
                 else:
-                    # Numbered by next-token updates, so that a meta step skips no text.
+                    # Batches are numbered by next-token updates, so that meta steps skip no text.
                     batch_number = run.lm_steps * args.grad_accum + micro
                     batch = data.lm_batch(corpus.train, batch_number, micro_batch_size,
                                           args.seq_len, args.seed)
@@ -95,15 +95,14 @@ def loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run):
         # Skip an update whose loss or gradient is not finite.
         step_if(optimizer, (figures["loss"] + grad_norm).isfinite())
         optimizer.zero_grad()
-        # Counts the update: run.step is now step + 1. The figures are still tensors. run.flush
-        # reads and logs them every 10 updates, and there the host waits for the device.
+        # This counts the update: run.step is now step + 1. The figures are still tensors. Every
+        # 10 updates, run.flush waits for the device, reads them and logs them.
         run.log_update(kind, *cost[kind], figures | {"lr": lr, "grad_norm": grad_norm})
     run.flush()
 
 
 def training_shapes(args):
-    """[(rows, length, whether a gradient follows)] of the batches that the compiled backbone
-    gets."""
+    """[(rows, length, needs a gradient)] of the batches that the compiled backbone receives."""
     shapes = [(args.batch_size // args.grad_accum, args.seq_len, True)]
     if args.meta and args.inner == "head":
         shapes += [(args.n_way * args.k_shot, args.episode_len, args.second_order),
@@ -112,17 +111,17 @@ def training_shapes(args):
 
 
 def is_meta_step(step, args):
-    """Flip the coin of update `step`. It depends on --seed and the step alone. There are no meta
-    steps in the first --meta-start share of the updates."""
+    """Flip the coin for update `step`. It depends only on --seed and the step. There are no meta
+    steps in the first --meta-start fraction of the updates."""
     if not args.meta or step < args.meta_start * args.steps:
         return False
-    # The 2 is arbitrary: another number would give other coins.
+    # The 2 is arbitrary: another number would give other coin flips.
     rng = np.random.default_rng([args.seed, step, 2])
     return rng.random() < args.hybrid_ratio
 
 
 def set_learning_rate(optimizer, step, args):
-    """Set the rate of update `step` and return it."""
+    """Set the learning rate of update `step` and return it."""
     lr = learning_rate(step, args)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"]
@@ -130,10 +129,10 @@ def set_learning_rate(optimizer, step, args):
 
 
 def step_if(optimizer, is_finite):
-    """optimizer.step(), which changes nothing unless is_finite, a bool tensor, is true.
+    """Call optimizer.step(), but change nothing unless is_finite, a bool tensor, is true.
 
-    The fused AdamW changes nothing if found_inf is 1, and so the host need not wait to know. That
-    of Apple's GPUs may ignore found_inf. There the host waits."""
+    The fused AdamW changes nothing if found_inf is 1, so the host need not wait for the value. On
+    Apple's GPUs it may ignore found_inf, so there the host waits."""
     if is_finite.device.type == "mps":
         if is_finite.item():
             optimizer.step()
@@ -143,8 +142,8 @@ def step_if(optimizer, is_finite):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then linear decay that would reach zero one update after the last: the
-    paper's schedule, at any length."""
+    """Linear warm-up, then linear decay that would reach zero one update after the last. This is
+    the paper's schedule, scaled to --steps."""
     warmup = max(1, round(args.warmup * args.steps))
     rising = (step + 1) / warmup
     falling = (args.steps - step) / max(1, args.steps - warmup)
@@ -160,13 +159,13 @@ def add_figures(total, new, grad_accum):
 # ---- evaluation and cost -----------------------------------------------------------------------
 
 def evaluation_windows(corpus, args):
-    """The validation text of an evaluation, (W, T+1)."""
+    """The validation windows of an evaluation, (W, T+1)."""
     return data.validation_windows(corpus.val, args.seq_len, max(1, EVAL_TOKENS // args.seq_len))
 
 
 @torch.no_grad()
 def evaluate(decoder, meta_head, corpus, windows, fewshot, args, device):
-    """The figures of an evaluation line: next-token loss on validation windows (W, T+1), and
+    """The values of an evaluation line: next-token loss on validation windows (W, T+1), and
     few-shot accuracy on held-out words."""
     total = 0.0
     for batch in windows.to(device).split(max(1, EVAL_BATCH // windows.shape[1])):
@@ -199,13 +198,13 @@ def meta_cost(args, decoder, meta_head):
 # ---- before and after the loop -----------------------------------------------------------------
 
 def train(args):
-    """Do the job that args describes, and return its exit code. Raises UserError for what the
-    user can fix."""
+    """Train a run as args describes, and return the exit code. Raises UserError for what the user
+    can fix."""
     device = processes.start(args.device)
     with open_run(args) as run:
         if run.step >= args.steps:
             return run.say_finished()
-        with processes.first_on_machine_goes_first():  # it prepares the text for the others
+        with processes.first_on_machine_goes_first():  # it prepares the text for all
             corpus = data.load(args.data, args.tokenizer, args.vocab_size, args.cache, args.quiet)
         args.tokenizer = "gpt2" if corpus.encoding.name == "gpt2" else "bpe"
         check_length(corpus, args)
@@ -243,21 +242,21 @@ def report(run, corpus, decoder, meta_head, args, device):
 def check_length(corpus, args):
     for part, tokens, rows in (("training", corpus.train, args.batch_size),
                                ("validation", corpus.val, 1)):
-        # A batch, a window for the offset of an epoch, and the last target.
+        # One batch, one window for the epoch's offset, and the last target.
         needed = (rows + 1) * args.seq_len + 1
         if len(tokens) < needed:
             raise UserError(f"the text is too short: its {part} part has {len(tokens)} tokens, "
-                            f"one batch needs {needed}; use more text, or a smaller --batch-size "
+                            f"but one batch needs {needed}: use more text, or lower --batch-size "
                             "or --seq-len")
 
 
 def build_models(args, corpus, device):
-    """(decoder, meta head or None). Weights are drawn on the CPU: runs on all devices start
-    alike."""
+    """(decoder, meta head or None). Weights are drawn on the CPU, so that runs start alike on all
+    devices."""
     generator = torch.Generator().manual_seed(args.seed)
     config = Config(SIZES[args.size], corpus.vocab_size)
     decoder = Decoder(config, generator)
-    # The mask's embedding is zero and gets no gradient: its state is all context.
+    # The mask's embedding is zero and gets no gradient: its state depends on the context alone.
     with torch.no_grad():
         decoder.model.embed_tokens.weight[corpus.mask_id] = 0
     decoder.model.embed_tokens.padding_idx = corpus.mask_id
@@ -271,7 +270,7 @@ def build_models(args, corpus, device):
 
 def build_optimizer(decoder, meta_head):
     """AdamW. A group's share multiplies the learning rate (see set_learning_rate). Checkpoints
-    hold it under this name."""
+    store it under this name."""
     meta_parameters = list(meta_head.parameters()) if meta_head is not None else []
     groups = [{"params": list(decoder.parameters()), "share": 1.0},
               {"params": meta_parameters, "share": META_HEAD_SHARE}]
@@ -279,8 +278,8 @@ def build_optimizer(decoder, meta_head):
 
 
 def describe(args, corpus, decoder, meta_head, device):
-    """What config.json says of a run: every flag, what it was trained with, and the validation
-    losses that counting alone achieves ("unigram" and "bigram", in nats per token)."""
+    """The contents of a run's config.json: every flag, what it was trained with, and the validation
+    losses of n-gram models ("unigram" and "bigram", in nats per token)."""
     meta_parameters = meta_head.parameters() if meta_head is not None else []
     by_counting = {}
     if processes.is_first():  # the process that writes config.json
@@ -298,7 +297,7 @@ def describe(args, corpus, decoder, meta_head, device):
 
 
 def sample_text(decoder, corpus, device):
-    """A prompt and 40 tokens that the model adds to it."""
+    """A prompt and the model's continuation of 40 tokens."""
     prompt = "Returns the"
     end = corpus.encoding.encode_single_token(data.END)
     generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,10 @@
-"""Draws the small figures of the README: episode.png, fomaml.png and probes.png, beside this file.
+"""Draw the small figures of the README: episode.png, fomaml.png and probes.png, next to this file.
 
     python docs/figures.py
 
-Nothing in them is sketched. The episode is drawn from the default corpus (other versions of the
-packages give other words), the arrows are what meta.adapt and autograd compute, and the ranks and
-entropies are those of probe.py.
+All of them are computed. The episode comes from the default corpus (other versions of the packages
+give other words), the arrows from meta.adapt and autograd, and the ranks and entropies from
+probe.py.
 """
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ from plumbing.pictures import (  # noqa: E402
 from plumbing.tokenizer import MASK  # noqa: E402
 from probe import effective_rank, head_entropy  # noqa: E402
 
-# Letters of a row that fit into the figure.
+# Characters of a row that fit into the figure.
 ROW_WIDTH = 78
 INNER_STEPS, INNER_LR = 5, 0.12
 OUTER_STEPS, OUTER_LR = 60, 0.4
@@ -46,10 +46,10 @@ def draw_episode(figure, seed=12):
                          loc="left")
     draw_rows(query_ax, corpus, episode.query_ids, episode.query_labels,
               [f"label ?   (it is {label}: {words[label]})" for label in range(4)])
-    query_ax.set_title("Query set: the adapted classifier is asked, and the outer loop learns from "
-                       "its loss", loc="left")
-    figure.suptitle("An episode of 4 ways and 2 shots: which of four words stood at the end of "
-                    "each row? (chance: 1 in 4)")
+    query_ax.set_title("Query set: the adapted classifier must answer, and the outer loop learns "
+                       "from its loss", loc="left")
+    figure.suptitle("A 4-way, 2-shot episode: which of four words ended each row? "
+                    "(chance: 1 in 4)")
 
 
 def draw_rows(ax, corpus, ids, labels, answers):
@@ -80,8 +80,8 @@ MODULE = TwoWeights()
 
 
 def make_tasks(n, generator, rows=24):
-    """n tasks, each (support points, labels, query points, labels): separate two classes along a
-    direction. The directions of all tasks lie close together, and this can be learned."""
+    """n tasks, each (support points, labels, query points, labels). A task separates two classes
+    along a direction. The directions of all tasks are similar, and this can be learned."""
     tasks = []
     for _ in range(n):
         direction = torch.tensor([1.8, 0.9]) + 0.4 * torch.randn(2, generator=generator)
@@ -104,7 +104,7 @@ def adapted(weight, task, steps=INNER_STEPS, second_order=False):
 
 
 def query_gradient(weight, task, second_order=False):
-    """The gradient of the query loss after the inner loop, by the initial weight."""
+    """The gradient of the query loss after the inner loop, for the initial weight."""
     weight = weight.clone().requires_grad_()
     loss = query_loss(adapted(weight, task, second_order=second_order), task)
     return torch.autograd.grad(loss, weight)[0]
@@ -138,36 +138,36 @@ def draw_one_step(ax, start, task):
             label=f"inner loop: {INNER_STEPS} steps on the support set")
     first_order = -3 * query_gradient(start, task)
     second_order = -3 * query_gradient(start, task, second_order=True)
-    arrow(ax, path[-1], first_order, ORANGE, "the query gradient at φ (times 3) ...")
-    arrow(ax, path[0], first_order, ORANGE, "... is used at θ: FOMAML", linestyle="--")
-    arrow(ax, path[0], second_order, GREEN, "differentiated through the inner loop: MAML")
+    arrow(ax, path[-1], first_order, ORANGE, "minus the query gradient at φ (times 3) ...")
+    arrow(ax, path[0], first_order, ORANGE, "... applied at θ: FOMAML", linestyle="--")
+    arrow(ax, path[0], second_order, GREEN, "gradient through the inner loop: MAML")
     for name, point in (("θ", path[0]), ("φ", path[-1])):
         ax.annotate(name, point.tolist(), (-20, 4), textcoords="offset points", fontsize=18)
     cosine = F.cosine_similarity(first_order, second_order, dim=0)
-    label_panel(ax, "One outer step: FOMAML goes nearly where MAML goes (cosine of the two "
-                    f"directions {cosine:.2f})", "second weight",
+    label_panel(ax, "One outer step: FOMAML and MAML move in similar directions "
+                    f"(cosine {cosine:.2f})", "second weight",
                 "first weight (grey: query loss in nats)", width=56)
     legend_below(ax, columns=1)
 
 
 def draw_many_steps(ax, start, unseen, tasks):
-    """The walk of the start over the outer steps on tasks, and the inner loops on unseen ones."""
+    """The path of the start over the outer steps on tasks, and inner loops on unseen tasks."""
     walk = [start]
     for task in tasks:
         walk.append(walk[-1] - OUTER_LR * query_gradient(walk[-1], task))
     for begin, colour, which in ((walk[0], "lightgrey", "first"), (walk[-1], BLUE, "last")):
         for i, task in enumerate(unseen):
             end = adapted(begin.clone().requires_grad_(), task).detach()
-            label = f"from the {which} θ to the φ of {len(unseen)} unseen tasks"
+            label = f"inner loops from the {which} θ on {len(unseen)} unseen tasks"
             ax.plot(*torch.stack([begin, end]).T.numpy(), "-", color=colour, linewidth=2,
                     label=None if i else label)
             ax.plot(*end.numpy(), "o", color=colour)
     ax.plot(*torch.stack(walk).T.numpy(), ".-", color=ORANGE,
             label=f"θ over {OUTER_STEPS} outer steps")
-    label_panel(ax, f"Sixty outer steps: {INNER_STEPS} inner steps then leave "
-                    f"{loss_after(walk[-1], unseen):.2f} nats of query loss on unseen tasks, and "
-                    f"{loss_after(walk[0], unseen):.2f} before", "second weight", "first weight",
-                width=56)
+    label_panel(ax, f"After sixty outer steps, {INNER_STEPS} inner steps reach "
+                    f"{loss_after(walk[-1], unseen):.2f} nats of query loss on unseen tasks "
+                    f"({loss_after(walk[0], unseen):.2f} before)", "second weight",
+                "first weight", width=56)
     legend_below(ax, columns=1)
 
 
@@ -191,8 +191,8 @@ def draw_ranks(ax, generator):
     random = torch.randn(96, 96, generator=generator)
     left, right = (torch.randn(96, 8, generator=generator),
                    torch.randn(8, 96, generator=generator))
-    matrices = {"all directions alike": torch.eye(96), "random": random,
-                "8 directions, a little noise": left @ right + 0.1 * random,
+    matrices = {"all directions equal": torch.eye(96), "random": random,
+                "8 directions plus a little noise": left @ right + 0.1 * random,
                 "one direction": random[:, :1] @ random[:1]}
     for colour, (name, matrix) in zip(COLOURS, matrices.items()):
         values = torch.linalg.svdvals(matrix)
@@ -210,10 +210,10 @@ def draw_ranks(ax, generator):
 def draw_heads(figure, axes, generator, T=24):
     """Three attention maps of T positions, and their entropy."""
     q, k = torch.randn(2, 1, 1, T, 24, generator=generator)
-    # Keys like the query that comes next: each position looks one back.
+    # Make each key similar to the next query, so that each position attends one back.
     k = 0.3 * k + F.pad(q, (0, 0, 0, 1))[:, :, 1:]
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    heads = {"looks everywhere": 0.0, "looks about": 0.45, "looks one back": 2.5}
+    heads = {"spread evenly": 0.0, "in between": 0.45, "focused one back": 2.5}
     for ax, (name, sharpness) in zip(axes, heads.items()):
         scores = sharpness * q[0, 0] @ k[0, 0].T / 24 ** 0.5
         attention = scores.masked_fill(future, -torch.inf).softmax(dim=1)
@@ -221,7 +221,7 @@ def draw_heads(figure, axes, generator, T=24):
         entropy = head_entropy(sharpness * q, k)[0, 1:]  # (T - 1,): position 0 has no choice
         share = (entropy / torch.arange(2, T + 1).log()).mean()
         label_panel(ax, f"{name}: {entropy.mean():.2f} nats, {share:.2f} of uniform",
-                    "position that looks", "position looked at", width=24)
+                    "query position", "key position", width=24)
     figure.colorbar(image, ax=axes, label="attention", location="bottom", shrink=0.5)
 
 

@@ -125,7 +125,7 @@ def test_an_episode_is_a_function_of_its_arguments(corpus):
 
 
 def test_too_many_ways_is_refused(corpus):
-    with pytest.raises(UserError, match="words that can be classes, and 500-way .*1 MB"):
+    with pytest.raises(UserError, match="words that can be classes, but 500-way .*1 MB"):
         data.EpisodeSampler(corpus, 500, 3, 2, 24)
 
 
@@ -146,7 +146,7 @@ def test_a_prepared_text_of_a_few_words_is_said_to_be_too_short(script, tmp_path
     (tmp_path / "tiny.txt").write_text("A few words are no text to train on. " * 40)
     tiny = script("data.py", "tiny.txt", "--out", "tiny", "--vocab-size", 300)
     assert tiny.returncode == 0
-    assert "too few to train on" in tiny.stdout
+    assert "too few tokens to train on" in tiny.stdout
     assert "next:" not in tiny.stdout
 
 

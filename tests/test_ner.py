@@ -366,7 +366,7 @@ def test_stopped_job_continues_to_the_same_result(command, runs, monkeypatch):
     monkeypatch.setattr(ner, "tune", tune)
     code, _, err = command(*runs, *TOY, "--seeds", 2, "--out", "parts")
     assert code == 130
-    assert "same command continues" in err
+    assert "To continue, give the same command again" in err
     assert err.count("\n") == 1
     assert len(read_cells("parts")) == 1
     assert command(*runs, *TOY, "--seeds", 2, "--out", "parts")[0] == 0

@@ -385,10 +385,11 @@ def test_the_command_imports_and_never_overwrites(command, imported):
         "new", "pico-0m", "pico")
     assert isinstance(load_encoding("runs/new"), ByteLevelEncoding)
     before = (imported / "runs" / "new" / "ckpt.pt").read_bytes()
-    for flags, said in ((("--import", "llama", "--out", "runs/new"), "is there already"),
-                        (("--import", "llama"), "belong together"),
-                        (("--out", "runs/x"), "belong together"),
-                        (("runs/pico", "--import", "llama", "--out", "runs/x"), "belong together"),
+    for flags, said in ((("--import", "llama", "--out", "runs/new"), "already exists"),
+                        (("--import", "llama"), "only work together"),
+                        (("--out", "runs/x"), "only work together"),
+                        (("runs/pico", "--import", "llama", "--out", "runs/x"),
+                         "only work together"),
                         (("--import", "nothing", "--out", "runs/x"), "config.json: No such file")):
         code, _, err = command(model, *flags)
         assert (code, err.count("\n")) == (2, 1)
