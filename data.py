@@ -77,7 +77,10 @@ class EpisodeSampler:
 
     def draw(self, seed, step, micro_batch=0):
         """Draw the Episode of one micro-batch. It depends only on the arguments."""
-        rng = np.random.default_rng([seed, step, micro_batch])
+        # Stream 2 of a step is that of the coin (train.is_meta_step). An episode that shared it
+        # would depend on how the coin fell.
+        stream = micro_batch if micro_batch < 2 else micro_batch + 1
+        rng = np.random.default_rng([seed, step, stream])
         # A draw fails if a class has too few occurrences clear of the support rows.
         for _ in range(100):
             # choice() also shuffles, so a word's label (its index here) is new in each episode.

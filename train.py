@@ -115,7 +115,7 @@ def is_meta_step(step, args):
     steps in the first --meta-start fraction of the updates."""
     if not args.meta or step < args.meta_start * args.steps:
         return False
-    # The 2 is arbitrary: another number would give other coin flips.
+    # Stream 2 belongs to the coin alone: no episode draws from it (data.EpisodeSampler.draw).
     rng = np.random.default_rng([args.seed, step, 2])
     return rng.random() < args.hybrid_ratio
 

@@ -160,4 +160,4 @@ def add_machine_flags(add):
     add("--probe-every", type=number(int, 1), default=100, metavar="N",
         help="updates between probes of rank and entropy. The first updates are probed more often "
              "(1, 2, 4, ...)")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="hide progress bars")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import train
 from plumbing import machine
 from plumbing.checkpoints import load_checkpoint
@@ -56,6 +57,23 @@ def test_coin_follows_seed_and_ratio(args):
     assert coins == [train.is_meta_step(step, args) for step in range(1000)]
     vanilla, _ = train.parse([])
     assert not any(train.is_meta_step(step, vanilla) for step in range(50))
+
+
+def test_the_coin_and_the_episodes_of_an_update_have_streams_of_their_own(args, corpus,
+                                                                          monkeypatch):
+    """With one stream for both, the episode would depend on how the coin fell."""
+    sampler = data.EpisodeSampler(corpus, 4, 2, 1, 16)
+    default_rng, seeds = np.random.default_rng, []
+
+    def recorded(seed):
+        seeds.append(tuple(default_rng(seed).random(4)))
+        return default_rng(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", recorded)
+    train.is_meta_step(500, args)
+    for micro_batch in range(6):
+        sampler.draw(args.seed, 500, micro_batch)
+    assert len(set(seeds)) == 7
 
 
 # ---- a whole run -------------------------------------------------------------------------------
