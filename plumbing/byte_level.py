@@ -1,31 +1,30 @@
-"""Tokenizers from elsewhere: a byte-level BPE in Hugging Face's tokenizer.json.
+"""Imported tokenizers: a byte-level BPE, read from Hugging Face's tokenizer.json.
 
-GPT-2, GPT-NeoX, OLMo and Llama 3 have such a file. It says how text is normalised, which strings
-are tokens of their own, by which regular expressions the rest is cut into pre-tokens, and in which
-order neighbours are merged. tiktoken merges by rank instead, which is not always the same, so the
-list of merges is followed here to the letter. What the file asks for and is not known here is
-refused.
+GPT-2, GPT-NeoX, OLMo and Llama 3 have such a file. It says how to normalise text, which strings
+are always single tokens, which regular expressions split the rest into pre-tokens, and in which
+order adjacent tokens are merged. tiktoken merges by rank instead, which can give other tokens, so
+this module follows the list of merges exactly. A file that uses any other feature is refused.
 """
 import functools
 import heapq
 import unicodedata
 
-import regex  # tiktoken's own dependency: it understands \p{...} as tiktoken does
+import regex  # tiktoken uses it, too, so both read \p{...} in the same way
 
 from plumbing.commands import UserError
 from plumbing.files import read_json
 
 END, MASK = "<|endoftext|>", "<|mask|>"
 FILE = "tokenizer.json"
-# GPT-2's rule for cutting text into pre-tokens. No token reaches across two of them.
+# GPT-2's rule for splitting text into pre-tokens. No token spans two of them.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# Llama 3's file has 9 MB and 128,256 tokens.
+# Llama 3's file is 9 MB long and has 128,256 tokens.
 LARGEST_FILE, LARGEST_VOCABULARY = 64_000_000, 2 ** 20
-# Pre-tokens whose ids are remembered.
+# The number of pre-tokens whose ids are cached.
 REMEMBERED = 2 ** 17
-# The regular expressions that Python's `regex` and Hugging Face's Oniguruma read alike: general
-# categories, white space, sets without sets inside, groups, lookaround and the usual quantifiers.
+# Matches the regular expressions that Python's `regex` and Hugging Face's Oniguruma read alike:
+# general categories, white space, sets that are not nested, groups, lookaround, usual quantifiers.
 ESCAPE = r"\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]"
 PORTABLE = regex.compile(
     rf"(?:{ESCAPE}|\[\^?(?:{ESCAPE}|[^][\\&])+\]|\((?:\?(?:i?:|<?[=!])|(?!\?))|[)|]"
@@ -35,8 +34,8 @@ PORTABLE = regex.compile(
 # ---- bytes and letters -------------------------------------------------------------------------
 
 def byte_letters():
-    """256 strings: the printable letter that GPT-2's tokenizer files write for each byte (Radford
-    et al. 2019)."""
+    """256 strings: the printable letter that stands for each byte in GPT-2's tokenizer files
+    (Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters, others = [], 0
     for byte in range(256):
@@ -59,21 +58,21 @@ def in_letters(text):
 def in_bytes(token):
     try:
         return token.translate(BYTES).encode("latin-1")
-    except UnicodeEncodeError:  # a special token, which is written as it is
+    except UnicodeEncodeError:  # a special token, which is stored as it is
         return token.encode()
 
 
 # ---- the encoding ------------------------------------------------------------------------------
 
 class ByteLevelEncoding:
-    """What this project uses of tiktoken.Encoding, by the rules of a tokenizer.json.
+    """The methods of tiktoken.Encoding that this project uses, for a tokenizer.json.
 
-    As with tiktoken, encode_ordinary takes special tokens in the text for ordinary text. It
-    normalises the text first; tokens spell what `normalise` gives."""
+    As in tiktoken, encode_ordinary treats special tokens in the text as ordinary text. It
+    normalises the text first, so its tokens decode to what `normalise` returns."""
 
     def __init__(self, file, end=None):
-        """file is a tokenizer.json as a dict that `check` has passed, end the id of the token that
-        ends a text, or None."""
+        """file is a tokenizer.json, a dict in which `unsupported` finds nothing. end is the id of
+        the end-of-text token, or None."""
         self.file, self.eot_token = file, end
         model, added = file["model"], file.get("added_tokens") or []
         self.vocabulary = model["vocab"]
@@ -83,7 +82,7 @@ class ByteLevelEncoding:
         self.patterns = [regex.compile(text) for text in patterns(file)]
         self.special_tokens_set = {token["content"] for token in added if token["special"]}
         plain = [token for token in added if not token["special"] and token["content"]]
-        # Raw ones are found before the text is normalised, the others after.
+        # Raw tokens are found before the text is normalised, the others after.
         raw = {token["content"]: token["id"] for token in plain if not token.get("normalized")}
         later = {self.in_form(token["content"]): token["id"]
                  for token in plain if token.get("normalized")}
@@ -105,7 +104,7 @@ class ByteLevelEncoding:
             yield (part if is_token else self.in_form(part)), is_token
 
     def normalise(self, text):
-        """The text as its tokens spell it."""
+        """The text to which its tokens decode."""
         return "".join(part for part, _ in self.normalised_parts(text))
 
     def encode_ordinary(self, text):
@@ -148,13 +147,13 @@ class ByteLevelEncoding:
 
 
 def any_of(contents):
-    """A pattern that finds the longest of some strings."""
+    """A pattern that matches any of some strings, and prefers the longest."""
     longest_first = sorted(contents, key=len, reverse=True)
     return regex.compile("|".join(map(regex.escape, longest_first)) or r"(?!)")
 
 
 def cut(text, pattern):
-    """Yield the matches of pattern and what lies between them: (piece, whether it is a match)."""
+    """Yield (piece, whether it is a match): the matches of pattern and the text between them."""
     start = 0
     for match in pattern.finditer(text):
         if match.start() > start:
@@ -169,9 +168,9 @@ def cut(text, pattern):
 def merge(letters, place):
     """The tokens of a pre-token, a list of strings.
 
-    place is {(left, right): its place in the list of merges}. Of all neighbours that are listed,
-    the pair that stands first in the list is merged, the leftmost of its kind, until none is left.
-    The heap finds it, and pairs that have changed since are passed over."""
+    place is {(left, right): its position in the list of merges}. While any adjacent pair is in
+    the list, the one that comes first in it is merged, leftmost occurrence first. A heap finds
+    this pair. Heap entries whose tokens have changed since are skipped."""
     tokens = list(letters)  # None once merged into the token before
     n = len(tokens)
     right_of = list(range(1, n + 1))
@@ -205,14 +204,14 @@ def read_tokenizer(folder):
     Raises UserError."""
     path = folder / FILE
     if not path.exists():
-        raise UserError(f"{path} is missing: only byte-level BPE can be read, from this file "
-                        "(a SentencePiece model, tokenizer.model, cannot)")
+        raise UserError(f"{path} is missing: add it to the folder (a byte-level BPE; a "
+                        "SentencePiece tokenizer.model cannot be read)")
     file = read_json(path, LARGEST_FILE)
     try:
         problem = unsupported(file)
         encoding = None if problem else ByteLevelEncoding(file)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, regex.error) as error:
-        problem = f"damaged ({type(error).__name__})"
+        problem = f"the file is damaged ({type(error).__name__})"
     if problem:
         raise UserError(f"{path} cannot be used: {problem}")
     end = read_json(folder / "config.json", LARGEST_FILE).get("eos_token_id")
@@ -225,49 +224,49 @@ def read_tokenizer(folder):
 
 
 def unsupported(file):
-    """What a tokenizer.json asks for and is not known here, in words; None if there is nothing."""
+    """Why a tokenizer.json is not supported here, in words; None if it is."""
     model = file["model"]
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        return "it is no byte-level BPE (SentencePiece and WordPiece models are not read)"
+        return "it is not a byte-level BPE (SentencePiece and WordPiece cannot be read)"
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            return f"its BPE has a {key}"
+            return f"its BPE uses {key}"
     for step in steps(file.get("normalizer")):
         if step["type"] != "NFC":
-            return f"the normalizer {step['type']} (only NFC is known)"
+            return f"its normalizer {step['type']} is not supported (only NFC is)"
     *splits, last = steps(file.get("pre_tokenizer")) or [{"type": "none"}]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space", True):
-        return "its pre-tokenizer does not end with ByteLevel, without a prefix space"
+        return "its pre-tokenizer does not end with ByteLevel with add_prefix_space false"
     for step in splits:
         is_isolated = step.get("behavior") == "Isolated" and not step.get("invert")
         if step["type"] != "Digits" and not (step["type"] == "Split" and is_isolated):
-            return f"the pre-tokenizer {step['type']}, in the way that it is used"
+            return f"its pre-tokenizer {step['type']} has options that are not supported"
     for pattern in patterns(file):
         if not PORTABLE.fullmatch(pattern):
-            return f"the regular expression {pattern!r:.80}, which may mean something else here"
+            return f"its regular expression {pattern!r:.80} may match other text here"
     for token in file.get("added_tokens") or []:
         trims = any(token.get(key) for key in ("single_word", "lstrip", "rstrip"))
         if trims and not token["special"]:
-            return f"the added token {token['content']!r:.40}, which takes part of its neighbours"
+            return f"its added token {token['content']!r:.40} absorbs text around it"
     return damage(model, file.get("added_tokens") or [])
 
 
 def damage(model, added):
-    """What is wrong with the tokens and the merges, in words; None if there is nothing."""
+    """What is wrong with the tokens or the merges, in words; None if nothing is."""
     vocabulary = model["vocab"]
     ids = [*vocabulary.values(), *(token["id"] for token in added)]
     if not all(type(i) is int and 0 <= i < LARGEST_VOCABULARY for i in ids):
         return f"ids must be whole numbers below {LARGEST_VOCABULARY:,}"
     if not set(LETTERS.values()) <= vocabulary.keys():
-        return "it lacks a byte, so that there is text that it cannot encode"
+        return "it lacks a byte, so it cannot encode all text"
     for left, right in merge_list(model):
         if left + right not in vocabulary:
-            return "it merges tokens into something that is no token"
+            return "one of its merges gives a string that is not a token"
     return None
 
 
 def steps(component):
-    """The normalizers or pre-tokenizers, one after another, of a component of the file."""
+    """The normalizers or pre-tokenizers of a component of the file, in order."""
     if component is None:
         return []
     if component["type"] != "Sequence":
@@ -277,7 +276,7 @@ def steps(component):
 
 
 def patterns(file):
-    """The regular expressions that cut text into pre-tokens, one after another."""
+    """The regular expressions that split text into pre-tokens, in order of use."""
     found = []
     for step in steps(file.get("pre_tokenizer")):
         if step["type"] == "Digits":
@@ -297,7 +296,7 @@ def merge_list(model):
 
 
 def token_pieces(vocabulary, added):
-    """The bytes of each id, a list; empty where an id has no token."""
+    """A list with the bytes of each id; empty where an id has no token."""
     ids = [*vocabulary.values(), *(token["id"] for token in added)]
     pieces = [b""] * (max(ids) + 1)
     for token, i in vocabulary.items():

@@ -1,7 +1,7 @@
 """The results of ner.py: one cell for each run, training treebank, mode, seed and test treebank.
 
-They lie in ner.json, a list of dicts. A cell remembers the settings it was computed with, so that
-a stopped job goes on where it was and never mixes results of different kinds.
+The cells are stored in ner.json, a list of dicts. Each records the settings it was computed with,
+so that a stopped job continues where it was and never mixes results of different settings.
 """
 import itertools
 import json
@@ -14,10 +14,10 @@ from plumbing.commands import UserError
 from plumbing.files import parse_json, read_file, write_atomically
 from plumbing.text import digest
 
-# These name a cell.
+# The keys that identify a cell.
 KEY = ("run", "train", "mode", "seed", "test")
 FILE = "ner.json"
-# What is read of a cell.
+# The fields that are read from a cell, and their types.
 KINDS = {"run": str, "train": str, "mode": str, "seed": int, "test": str, "settings": dict,
          "f1": float | int, "sentences": int, "counts": list, "auc": float | int,
          "slope": float | int, "t90": float | int | None}
@@ -25,7 +25,7 @@ KINDS = {"run": str, "train": str, "mode": str, "seed": int, "test": str, "setti
 
 def read_cells(folder):
     """{(run, train, mode, seed, test): cell} of the ner.json in a folder; {} if there is none.
-    Raises UserError if it is something else."""
+    Raises UserError if it holds anything else."""
     path = Path(folder) / FILE
     if not path.exists():
         return {}
@@ -37,7 +37,7 @@ def read_cells(folder):
 
 
 def is_cell(cell):
-    """Whether a value has what is read of a cell, in the right types."""
+    """Whether a value has all fields of a cell, with the right types."""
     if not isinstance(cell, dict):
         return False
     if not all(isinstance(cell.get(key), kind) for key, kind in KINDS.items()):
@@ -74,7 +74,7 @@ def cells_to_compute(args, models, treebanks, cells, rates):
     """{(run, train, mode, seed, test): settings} of the cells that are still missing.
 
     models is {run: (decoder, encoding)}, rates {(run, mode): learning rate}. The settings are all
-    that a result depends on. Raises UserError if a finished cell was computed with others."""
+    that a result depends on. Raises UserError if a finished cell was computed with other ones."""
     weights = {run: fingerprint(decoder.state_dict())[:16]
                for run, (decoder, _) in models.items()}
     texts = {key: digest(json.dumps(sentences)).hex()[:16]
@@ -86,7 +86,7 @@ def cells_to_compute(args, models, treebanks, cells, rates):
                     "lr": rates[run, mode], "checkpoint": weights[run],
                     "train": texts[train, "train"], "dev": texts.get((train, "dev")),
                     "test": texts[test, "test"],
-                    # always so now; earlier versions had flags for them
+                    # fixed now; earlier versions had flags for these
                     "subtoken": "first", "strict": False}
         if cell in cells:
             sentences = len(treebanks[test, "test"])
@@ -103,5 +103,5 @@ def check_same(cell, old, new, folder):
                  for key in new if old.get(key) != new[key]]
     if differing:
         name = " ".join(map(str, cell))
-        raise UserError(f"{folder}/{FILE} has another {name} ({', '.join(differing)}): "
-                        "choose another --out")
+        raise UserError(f"{folder}/{FILE} has {name} with other settings "
+                        f"({', '.join(differing)}): choose another --out")

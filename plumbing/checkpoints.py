@@ -1,7 +1,7 @@
-"""Checkpoints with a checksum and a predecessor.
+"""Checkpoints with a checksum. The previous one is always kept.
 
-A checkpoint may be torn, altered, or come from a stranger. So it carries its SHA-256, the one
-before it is kept, nothing but tensors and plain values is ever unpickled (weights_only), and
+A checkpoint may be incomplete, altered, or from an untrusted source. So it carries its SHA-256,
+the one before it is kept, only tensors and plain values are ever unpickled (weights_only), and
 reading it takes no more memory than the file's size.
 """
 import hashlib
@@ -17,10 +17,10 @@ from plumbing.commands import UserError
 from plumbing.files import open_regular, replacing
 
 NEWEST, PREVIOUS, DAMAGED = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt"
-# All that the pickle in a checkpoint may name. weights_only allows more, such as a bytearray of
-# any length.
+# The only names that the pickle in a checkpoint may use. weights_only allows more, such as a
+# bytearray of any length.
 NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
-# The pickle holds names and shapes, and no values. In bytes; a run's takes 50,000.
+# In bytes. The pickle holds names and shapes but no values. That of a run has 50,000.
 LARGEST_PICKLE = 1_000_000
 
 
@@ -47,22 +47,22 @@ def add_to_hash(sha, value):
 
 
 def save_checkpoint(folder, state):
-    """Write state, a dict, to folder/ckpt.pt and keep the one before, so that a whole checkpoint
-    exists at every instant. Raises OSError if it cannot be written."""
+    """Write state, a dict, to folder/ckpt.pt and keep the previous one, so that a complete
+    checkpoint exists at every moment. Raises OSError if it cannot be written."""
     newest = Path(folder) / NEWEST
     with replacing(newest, keep=newest.with_name(PREVIOUS)) as file:
         try:
             torch.save(state | {"sha256": fingerprint(state)}, file)
-        except RuntimeError as error:  # torch's own words for a write that failed
+        except RuntimeError as error:  # how torch reports a failed write
             message = "the disk is full or the file too large"
             raise OSError(None, message, str(newest)) from error
 
 
 def load_checkpoint(folder, set_aside=False):
-    """The newest whole checkpoint in a run's folder, a dict. Raises UserError if there is none.
+    """The newest intact checkpoint in a run's folder, a dict. Raises UserError if there is none.
 
-    set_aside renames a damaged ckpt.pt. Otherwise the next save would put it in place of the good
-    one before it."""
+    set_aside renames a damaged ckpt.pt. Otherwise the next save would keep it as the previous
+    checkpoint, in place of the good one."""
     problems = []
     for name in (NEWEST, PREVIOUS):
         path = Path(folder) / name
@@ -78,7 +78,7 @@ def load_checkpoint(folder, set_aside=False):
             problems.append(f"{name} is damaged ({reason})")
             continue
         if problems:
-            print(f"{folder}: {problems[0]}; using {name}, of step {state['step']}",
+            print(f"{folder}: {problems[0]}; using {name} from step {state['step']}",
                   file=sys.stderr)
             if set_aside and path.with_name(NEWEST).exists():
                 path.with_name(NEWEST).replace(path.with_name(DAMAGED))
@@ -87,7 +87,7 @@ def load_checkpoint(folder, set_aside=False):
 
 
 def read_checkpoint(path):
-    """A checkpoint, if it is whole. Raises UserError, OSError, or what torch.load raises."""
+    """A checkpoint, if it is intact. Raises UserError, OSError, or what torch.load raises."""
     with open_regular(path) as file:
         check_archive(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -100,8 +100,8 @@ def read_checkpoint(path):
 
 
 def check_archive(file):
-    """Raise an error unless a checkpoint, an open zip archive, takes no more room when unpacked,
-    and its pickle names nothing but NAMES."""
+    """Raise an error if a checkpoint, an open zip archive, would grow when unpacked, or if its
+    pickle uses any name outside NAMES."""
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -113,14 +113,14 @@ def check_archive(file):
             raise UserError("its pickle is too large")
         for opcode, argument, _ in pickletools.genops(archive.read(pickle)):
             if opcode.name == "GLOBAL" and argument not in NAMES:
-                raise UserError(f"it names {argument[:40]}")
+                raise UserError(f"its pickle names {argument[:40]}")
     file.seek(0)
 
 
 def check_values(value, seen):
     """Raise UserError unless tensors fill their memory with finite values, and no tensor, dict or
-    list stands in two places; `seen` holds those met before. Otherwise a small file could stand
-    for a huge state."""
+    list occurs twice. Otherwise a small file could expand to a huge state. `seen` holds the
+    objects found so far."""
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         if not (value.is_contiguous() and value.nbytes == storage.nbytes()):
@@ -132,14 +132,14 @@ def check_values(value, seen):
         identity, items = id(value), value.values()
     elif isinstance(value, list):
         identity, items = id(value), value
-    elif isinstance(value, tuple):  # Adam's rates, which its groups share
+    elif isinstance(value, tuple):  # Adam's betas, which its groups share
         if len(value) > 9 or any(not isinstance(item, (int, float)) for item in value):
             raise UserError("a tuple holds more than a few numbers")
         return
     else:
         return
     if identity in seen:
-        raise UserError("a part of it stands in two places")
+        raise UserError("a part of it occurs twice")
     seen.add(identity)
     for item in items:
         check_values(item, seen)

@@ -1,4 +1,4 @@
-"""What all commands share: flags that explain themselves, and mistakes answered in one line."""
+"""What all commands share: help that states defaults, and errors in one line."""
 import argparse
 import errno
 import functools
@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-# What may be wrong with a path that the user gave, and what to do about it. Other errors of the
-# system, such as a full disk, are no mistake of the user's.
+# Errors of a path that the user gave, and what to do about each. Other errors of the system, such
+# as a full disk, are not the user's mistake.
 BAD_PATH = {
     errno.ENOENT: "check the name", errno.ENOTDIR: "check the name", errno.ENXIO: "check the name",
     errno.EISDIR: "name a file", errno.EEXIST: "choose another name",
@@ -19,22 +19,22 @@ BAD_PATH = {
     errno.EPERM: "check its permissions, or choose another place"}
 NO_ROOM = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room on the disk",
            errno.EFBIG: "allow larger files (ulimit -f)"}
-# Whole numbers that seeds and the clock of an optimizer can hold.
+# The largest whole number that a seed or an optimizer's count of steps can hold.
 LARGEST_NUMBER = 2 ** 63 - 1
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used. The message says what is wrong and what to do."""
+    """The user's input cannot be used. The message says what is wrong and what to do."""
 
 
 class Failure(Exception):
-    """The job cannot go on, though what the user gave was right. The message says why."""
+    """The job cannot continue, although the user's input is right. The message says why."""
 
 
 # ---- flags -------------------------------------------------------------------------------------
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """States each default once, and none where there is none."""
+    """Adds the default to a help text, unless there is none or the text states it."""
 
     def _get_help_string(self, action):
         no_default = action.default is None or action.default is False
@@ -44,7 +44,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that states defaults. Its errors are one line, with exit code 2."""
+    """An ArgumentParser that states defaults. An error is one line and ends with exit code 2."""
 
     def __init__(self, *args, formatter_class=HelpFormatter, **kwargs):
         super().__init__(*args, formatter_class=formatter_class, **kwargs)
@@ -54,8 +54,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=LARGEST_NUMBER):
-    """A type for argparse: an int or a float from low to high, both included; NaN is refused."""
-    limits = f"at least {low}" if high == LARGEST_NUMBER else f"in {low} to {high}"
+    """A type for argparse: an int or a float from low to high, inclusive. NaN is refused."""
+    limits = f"at least {low}" if high == LARGEST_NUMBER else f"between {low} and {high}"
 
     def convert(text):
         value = kind(text)
@@ -63,39 +63,39 @@ def number(kind, low, high=LARGEST_NUMBER):
             raise argparse.ArgumentTypeError(f"{text[:40]} is not {limits}")
         return value
 
-    # argparse names the type when the text is not a number at all
+    # argparse prints this name if the text is not a number at all
     convert.__name__ = "whole number" if kind is int else "number"
     return convert
 
 
 def filled(text):
-    """A type for argparse: a text that is not empty."""
+    """A type for argparse: a string that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
 def path(text):
-    """A type for argparse: a Path that is not empty, which would stand for the working folder."""
+    """A type for argparse: a Path. An empty one is refused, as it would be the working folder."""
     return Path(filled(text))
 
 
 # ---- the frame around every main() -------------------------------------------------------------
 
 def command(main):
-    """Decorate a main() so that it ends in one line, with the right exit code.
+    """Decorate a main() so that an error ends it with one line and the right exit code.
 
-    2 for a user's mistake and for a path that cannot be used, 1 for a Failure and for another
-    error of the system, 130 for Ctrl-C. If the reader of the output has gone, it ends without a
-    word. Any other exception is a bug of ours and keeps its traceback."""
+    The code is 2 for a user's mistake or an unusable path, 1 for a Failure or another error of
+    the system, and 130 for Ctrl-C. If the reader of the output has gone, it ends silently. Any
+    other exception is a bug in this project and keeps its traceback."""
     @functools.wraps(main)
     def framed():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # see plumbing/__init__.py
-        # What is printed to a closed stream (>&-) is lost.
+        # Output to a closed stream (>&-) is discarded.
         sys.stdout = sys.stdout or open(os.devnull, "w")
         sys.stderr = sys.stderr or open(os.devnull, "w")
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # A terminal may not know all letters.
+            # A terminal may lack some characters.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             try:
@@ -107,7 +107,7 @@ def command(main):
         except Failure as error:
             leave(1, str(error))
         except BrokenPipeError:
-            # So that Python's own flush at the end has somewhere to go.
+            # Python flushes stdout again at exit. This gives it somewhere to write.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
@@ -118,15 +118,15 @@ def command(main):
 
 
 def in_words(error):
-    """What an OSError is about: where, what, and advice."""
+    """An OSError in words: the file, the problem, and advice."""
     place = f"{error.filename}: " if error.filename else ""
     advice = (BAD_PATH | NO_ROOM).get(error.errno)
     return f"{place}{error.strerror or error}" + (f": {advice}" if advice else "")
 
 
 def leave(code, message):
-    """End the process with an exit code and one line. All processes of torchrun make the same
-    mistake, and the first speaks for them."""
+    """End the process with an exit code and one line. Under torchrun all processes meet the same
+    user error, and only the first prints it."""
     rank = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""
     if code != 2 or rank in ("", "0"):
         line = " ".join(f"{Path(sys.argv[0]).name}: {message}".splitlines())

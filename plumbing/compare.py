@@ -1,8 +1,8 @@
 """Several runs at equal cost: how much sooner does one group reach the same held-out loss?
 
-Runs that differ in their seed alone form a group, and later groups are compared with the first.
-The loss is that of the same validation text, against updates, tokens, FLOPs and seconds. The
-paper's own reading, a mixed training loss against updates, stands beside it.
+Runs that differ only in their seed form a group, and later groups are compared with the first. The
+loss is measured on the same validation text, and the cost in updates, tokens, FLOPs and seconds.
+The paper's own comparison, a mixed training loss against updates, is given as well.
 """
 import itertools
 import json
@@ -16,17 +16,17 @@ from plumbing.logs import layer_series, series
 from plumbing.phases import CURVES
 from plumbing.statistics import in_words, mean_and_spread
 
-# key in a line of the log -> in words
+# key in a log line -> its name
 COSTS = {"step": "updates", "tokens": "tokens", "flops": "model FLOPs",
          "seconds": "seconds of training"}
 FEWSHOT = {"fewshot_before": "meta head, not adapted", "fewshot_after": "meta head, adapted",
            "fewshot_after_new": "meta head, adapted*", "fewshot_prototype": "prototype*"}
 STANDARD_ERROR = {"fewshot_prototype": "fewshot_stderr", "fewshot_after": "fewshot_after_stderr"}
-# These settings do not make a configuration.
+# Runs of one configuration may differ in these settings.
 NOT_A_CONFIGURATION = {"name", "runs", "seed", "resume", "quiet", "cache", "device",
                        "device_name", "head_parameters", "tokenizer_sha256", "unigram",
                        "bigram"}
-# Losses at which the costs of two groups are compared.
+# The number of losses at which the costs of two groups are compared.
 LEVELS = 3
 
 
@@ -35,8 +35,8 @@ LEVELS = 3
 def group_runs(runs):
     """{label: [(settings, anything)]} of runs, a list of (settings, anything).
 
-    Runs that differ in their seed alone are one group, sorted by seed and labelled by the name of
-    the first. A second run of the same seed, which may be of other code, begins another group."""
+    Runs that differ only in their seed form one group, sorted by seed and labelled with the name
+    of the first. A second run with the same seed, perhaps of other code, starts another group."""
     groups, seen = {}, Counter()
     for settings, content in runs:
         configuration = {key: value for key, value in settings.items()
@@ -87,7 +87,7 @@ def compare(groups):
 
 def final_figures(logs, loss):
     """{key: {"mean", "sd", "untrained"}} at the end of the runs with these logs, for the figures
-    that all of them have; and {curve: {"mean", "sd"}} of the probes, a list over layers."""
+    that all of them have, and {curve: {"mean", "sd"}} for the probes, each a list over layers."""
     figures = {}
     keys = [loss, *FEWSHOT, *STANDARD_ERROR.values(), "fewshot_lookup", "fewshot_chance"]
     for key in keys:
@@ -108,9 +108,9 @@ def ratios(first, second, loss):
     cost the logs `second` need than the logs `first` to reach each loss. Raises UserError."""
     losses = [series(lines, loss)[1] for lines in first + second]
     if not all(map(len, losses)):
-        raise UserError(f"a run cannot be compared: its log has no {loss}")
-    # The levels begin where all runs have been evaluated twice. Before that, a line between two
-    # points would be fiction. They end at the last common loss.
+        raise UserError(f"a run has no {loss} in its log: leave it out of the comparison")
+    # The levels begin where all runs have been evaluated twice. Before that, interpolation would
+    # invent values. They end at the lowest loss that all runs reach.
     end = max(curve.min() for curve in losses)
     begin = max(end, min(curve[:2][-1] for curve in losses))
     levels = np.unique(np.linspace(begin, end, LEVELS))[::-1]
@@ -123,8 +123,8 @@ def ratios(first, second, loss):
 
 
 def papers_reading(first, second):
-    """{"papers_reading": {"level", "mean", "sd"}}: the ratio of updates at the last common mixed
-    training loss; {} if there is none."""
+    """{"papers_reading": {"level", "mean", "sd"}}: the ratio of updates at the lowest mixed
+    training loss that all runs reach; {} if there is none."""
     first_curves = [mixed_loss(lines) for lines in first]
     second_curves = [mixed_loss(lines) for lines in second]
     losses = [loss for _, loss in first_curves + second_curves]
@@ -136,8 +136,8 @@ def papers_reading(first, second):
 
 
 def mixed_loss(lines):
-    """(updates, loss): the training loss of updates of both kinds, as the paper reads it, mean of
-    the last 50."""
+    """(updates, loss): the training loss over both kinds of update, as the paper compares it, the
+    mean of the last 50."""
     steps, loss = series(lines, "loss")
     if not len(loss):
         return steps, loss
@@ -149,8 +149,8 @@ def sooner_by(first, second, levels):
     """{"mean", "sd"} by level, over pairs of curves (costs (S,), losses (S,)): how many times
     less `second` needs than `first`.
 
-    The i-th curve is paired with the i-th where there are as many (the same seeds), else each
-    with each. A level that a curve never reached gives None."""
+    Curves are paired in order if both lists are equally long (the same seeds). Otherwise each is
+    paired with each. A level that a curve never reaches gives None."""
     if len(first) == len(second):
         pairs = list(zip(first, second))
     else:
@@ -163,13 +163,13 @@ def sooner_by(first, second, levels):
 
 
 def ratio(one, other):
-    """one / other; NaN where a level was reached before anything was spent."""
+    """one / other; NaN where a level was reached at no cost."""
     return one / other if other else math.nan
 
 
 def first_reach(costs, losses, level):
-    """The cost at which a curve first comes down to `level`, interpolated between its points; NaN
-    if it never does, or if it began below, since the crossing was not observed."""
+    """The cost at which a curve first falls to `level`, interpolated between its points. NaN if it
+    never does, or if it starts below, since then the crossing was not observed."""
     i = int((losses <= level).argmax())
     if losses[i] > level:
         return math.nan
@@ -181,7 +181,7 @@ def first_reach(costs, losses, level):
 # ---- in words ----------------------------------------------------------------------------------
 
 def comparison_table(result):
-    """What `compare` found, in words: a sentence, then the figures behind it."""
+    """The result of `compare` in words: a sentence, then the figures behind it."""
     lines = [cost_sentence(result), "",
              f"{'at the end':<24}{result['unit']:>18}"
              + "".join(f"{name:>25}" for name in FEWSHOT.values())]
@@ -200,25 +200,25 @@ def comparison_table(result):
         if "papers_reading" in entry:
             reading = entry["papers_reading"]
             lines.append(f"The paper compares the mixed training loss: {cost_in_words(reading, 0)} "
-                         f"updates at {reading['level']:.3f}. That is not fair, since the loss of "
-                         "meta steps is that of an easier question.")
+                         f"updates at {reading['level']:.3f}. That is not fair, since meta steps "
+                         "ask an easier question.")
     return "\n".join(lines)
 
 
 def notes(groups):
-    """Lines below the table of final figures: what the numbers mean and how sure they are."""
+    """Lines below the table of final figures: what they mean and how certain they are."""
     chance = [figures["fewshot_chance"]["mean"] for figures in groups.values()
               if "fewshot_chance" in figures]
     several_seeds = any(len(figures["runs"]) > 1 for figures in groups.values())
     spread = "+- is the standard deviation over seeds" if several_seeds else (
-        "of one seed each, the spread over seeds is not known")
+        "with one seed each, the spread over seeds is unknown")
     lines = [f"* on queries that the previous-token look-up cannot answer; {spread}"]
     if chance:
         lines.append(f"chance is {chance[0]:.1%}")
     errors = [figures[key]["mean"] for figures in groups.values()
               for key in STANDARD_ERROR.values() if key in figures]
     if errors:
-        lines[-1] += (f"; the episodes are a sample, which gives an accuracy a standard error of "
+        lines[-1] += (f"; the episodes are a sample, so each accuracy has a standard error of "
                       f"up to {max(errors):.1%}")
     return lines
 
@@ -228,12 +228,12 @@ def first_of(result):
 
 
 def cost_sentence(result):
-    """What the groups need in FLOPs for the last common loss, against the first one."""
+    """What each group needs in FLOPs for the lowest common loss, against the first group."""
     sentences = []
     for label, entry in result["sooner_by"].items():
         words = cost_in_words(entry["flops"], -1)
         if words == "never reached":
-            sentences.append(f"{label} and {first_of(result)} have no common loss")
+            sentences.append(f"{label} and {first_of(result)} reach no common loss")
         else:
             link = "as" if words == "as many" else "than"
             sentences.append(f"{label} needs {words} FLOPs {link} {first_of(result)} for the same "
@@ -243,7 +243,7 @@ def cost_sentence(result):
 
 def cost_in_words(entry, i):
     """The i-th of an entry's ratios, such as "1.52x more +- 0.02". The ratio says how many times
-    less is needed; below 1 it is turned over, and its spread with it."""
+    less is needed. Below 1 it is inverted, and its spread with it."""
     ratio = entry["mean"][i]
     if not ratio:
         return "never reached"

@@ -1,16 +1,16 @@
-"""Which questions few-shot accuracy asks: rows of validation text that end at held-out words, fixed
-episodes of them, and what the token before a word gives away."""
+"""The questions of few-shot accuracy: rows of validation text that end at held-out words, fixed
+episodes of these rows, and how much the token before a word gives away."""
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-# Evaluation: the held-out words that take part, and queries per word.
+# In evaluations: the largest number of held-out words, and the queries per word.
 FEWSHOT_WORDS = 96
 FEWSHOT_QUERIES = 4
-# A small text has fewer held-out words than --n-way. Its episodes then have as many ways as there
-# are words, but not fewer than these.
+# A small text may have fewer held-out words than --n-way. Its episodes then have as many ways as
+# there are words, but at least this many.
 FEWEST_WAYS = 4
 
 
@@ -18,8 +18,8 @@ FEWEST_WAYS = 4
 class FewShotRows:
     """Rows of validation text that end at a held-out word, for few-shot accuracy.
 
-    No held-out word stands earlier in a row, so rows never overlap. Unless the backbone is
-    adapted, its states of these rows serve every episode.
+    No held-out word occurs earlier in a row, so rows never overlap. Unless the backbone is
+    adapted, its states for these rows serve every episode.
 
     ids       (R, L)  tokens; the last is <|mask|>
     word      (R,)    the index of the masked word in WordIndex.words
@@ -31,8 +31,8 @@ class FewShotRows:
 
 
 def evaluation_rows(corpus, length, n_way, k_shot):
-    """The FewShotRows of evaluations, with k_shot + FEWSHOT_QUERIES rows for each word. In a small
-    text few words have so many: then with fewer queries, for the sake of more words."""
+    """The FewShotRows of evaluations, with k_shot + FEWSHOT_QUERIES rows for each word. If too few
+    words of a small text have that many, each has fewer queries, so that more words qualify."""
     for n_query in range(FEWSHOT_QUERIES, 0, -1):
         rows = fewshot_rows(corpus, length, k_shot + n_query)
         if len(np.unique(rows.word)) >= min(n_way, FEWEST_WAYS):
@@ -41,8 +41,8 @@ def evaluation_rows(corpus, length, n_way, k_shot):
 
 
 def fewshot_rows(corpus, length, per_word, most_words=FEWSHOT_WORDS):
-    """FewShotRows with exactly per_word rows for each word that has as many; of these words the
-    most frequent ones."""
+    """FewShotRows with exactly per_word rows for each word that has that many, among the
+    most_words most frequent ones."""
     index, tokens = corpus.index, np.asarray(corpus.val)
     word_of = np.full(corpus.vocab_size, -1)  # token id -> index of the held-out word, or -1
     word_of[index.words[index.is_held_out]] = np.flatnonzero(index.is_held_out)
@@ -54,11 +54,11 @@ def fewshot_rows(corpus, length, per_word, most_words=FEWSHOT_WORDS):
 
     counts = Counter(words.tolist())
     most_frequent = sorted(counts, key=lambda word: (-counts[word], word))[:most_words]
-    chosen = [np.zeros(0, dtype=int)]  # concatenate needs one
+    chosen = [np.zeros(0, dtype=int)]  # concatenate needs at least one
     for word in most_frequent:
         if counts[word] >= per_word:
             rows_of_word = np.flatnonzero(words == word)
-            # evenly over the text
+            # evenly spaced over the text
             spread = np.linspace(0, len(rows_of_word) - 1, per_word).astype(int)
             chosen.append(rows_of_word[spread])
     chosen = np.concatenate(chosen)
@@ -69,9 +69,9 @@ def fewshot_rows(corpus, length, per_word, most_words=FEWSHOT_WORDS):
 
 
 def fewshot_episodes(rows, n_way, k_shot, count, seed=0):
-    """`count` pairs (support (N, K), query (N, Q)) of indices of rows; of seed 0, the same for
-    every run. N is n_way or, if there are fewer words, their number; with too few words the list
-    is empty."""
+    """`count` pairs (support (N, K), query (N, Q)) of row indices. With seed 0 they are the same
+    for every run. N is n_way, or the number of words if that is smaller. With too few words the
+    list is empty."""
     words = np.unique(rows.word)
     if len(words) < min(n_way, FEWEST_WAYS):
         return []
@@ -86,12 +86,12 @@ def fewshot_episodes(rows, n_way, k_shot, count, seed=0):
 
 
 def lookup(support_previous, query_previous):
-    """What the token before a query answers, where support_previous (N, K) and query_previous
-    (N, Q) are the tokens before the masked words.
+    """How well the previous token alone answers the queries. support_previous (N, K) and
+    query_previous (N, Q) are the tokens before the masked words.
 
-    Returns (expected accuracy, is_new). The look-up picks a class with a probability in proportion
-    to that token's count in its support rows. is_new, (N*Q,) bool: no support row has the token,
-    and so the look-up guesses."""
+    Returns (expected accuracy, is_new). The look-up picks each class with a probability
+    proportional to that token's count in its support rows. is_new, (N*Q,) bool: no support row has
+    the token, so the look-up guesses."""
     n_way = len(support_previous)
     label = np.arange(n_way).repeat(query_previous.shape[1])  # (N*Q,)
     votes = lookup_votes(support_previous, query_previous)

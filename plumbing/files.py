@@ -1,9 +1,9 @@
-"""One door in and one door out for every file that a user names or that a job may leave half done.
+"""Safe reading and writing of all files that a user names or that a job may leave half done.
 
-In: regular files only, of bounded size, and JSON that holds what is used of it. Out: whole or not
-at all, and one process at a time in a folder. A process may be killed at any instruction and a
-disk may be full. So a file is written under a temporary name, flushed to the disk and renamed,
-and a rename is atomic.
+Only regular files of bounded size are read, and JSON is checked for the fields that are used.
+A file is written completely or not at all, by one process at a time in a folder. A process may be
+killed at any instruction, and a disk may be full. So a file is written under a temporary name,
+flushed to the disk and renamed, and a rename is atomic.
 """
 import contextlib
 import errno
@@ -18,22 +18,22 @@ from plumbing.commands import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows has none: folders are not locked there
+except ImportError:  # Windows lacks it: folders are not locked there
     fcntl = None
 
-# Ends the names of temporary files and folders. Nothing without it is ever cleaned up.
+# The suffix of temporary files and folders. Nothing without it is ever cleaned up.
 MARK = ".nanomaml-tmp"
 LOCK = ".lock"
 # In bytes. The default run logs 1 MB, and a large grid of taggers takes 100 MB.
 LARGEST_FILE = 2_000_000_000
-# Whole numbers in JSON, in digits. All that are logged can be made floats.
+# The most digits of a whole number in JSON. All such numbers fit in a float.
 LONGEST_NUMBER = 30
 
 
-# ---- in ----------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------
 
 def open_regular(path):
-    """A file, open to be read as bytes. Raises UserError if it is a pipe or a device, which may
+    """A file, opened for reading bytes. Raises UserError if it is a pipe or a device, which may
     never end, and OSError if it cannot be read."""
     file = open(path, "rb", opener=open_at_once)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -48,8 +48,8 @@ def open_at_once(path, flags):
 
 
 def read_file(path, most=LARGEST_FILE):
-    """The bytes of a file. Raises UserError if there are more than `most`, and as open_regular
-    does."""
+    """The bytes of a file. Raises UserError if there are more than `most`, and what open_regular
+    raises."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -59,7 +59,7 @@ def read_file(path, most=LARGEST_FILE):
 
 def parse_json(content, place, kinds=None):
     """The value of JSON text, str or bytes. With kinds, {key: type or types}, it must be an object
-    in which these keys have these types. Raises UserError, which begins with place."""
+    in which these keys have these types. Raises UserError, whose message begins with place."""
     try:
         value = json.loads(content, parse_int=whole_number)
     except (ValueError, RecursionError):
@@ -85,12 +85,12 @@ def read_json(path, most):
     return parse_json(read_file(path, most), path, {})
 
 
-# ---- out ---------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def replacing(path, keep=None):
-    """A binary file to write, which takes the place of `path` when the block ends. What was there
-    gets the name `keep`, if that is given.
+    """A binary file for writing, which replaces `path` when the block ends. If `keep` is given,
+    the old file is renamed to it.
 
     If the block fails, `path` stays as it was. Raises OSError."""
     path = Path(path)
@@ -108,7 +108,7 @@ def replacing(path, keep=None):
 
 
 def write_atomically(path, content):
-    """Write text or bytes. At every instant the path holds the old or the new content whole."""
+    """Write text or bytes. At every moment the file is either completely old or completely new."""
     with replacing(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode())
 
@@ -118,7 +118,7 @@ def open_to_append(path):
 
 
 def append(file, content):
-    """Write bytes to the end of a file. A full disk may take a part of them, and then fails."""
+    """Append bytes to a file. A full disk may accept part of them before it fails."""
     while content:
         content = content[file.write(content):]
 
@@ -126,11 +126,11 @@ def append(file, content):
 # ---- one process at a time ---------------------------------------------------------------------
 
 def lock_folder(folder, advice="choose another folder", doing="writing to", wait=False):
-    """Keep other processes from writing to a folder; returns the open file that holds the lock.
+    """Keep other processes from writing to a folder. Returns the open file that holds the lock.
 
-    The system lets go of the lock when the process ends, however it ends. What a killed process
-    left half written is then removed. If another process holds the lock, wait for it, or raise
-    UserError with the advice."""
+    The system releases the lock when the process ends, however it ends. If a process was killed,
+    the next one to lock the folder removes its half-written files. If another process holds the
+    lock, wait for it, or raise UserError with the advice."""
     path = Path(folder) / LOCK
     busy = UserError(f"another process is {doing} {folder}: wait for it, or {advice}")
     file = open(path, "ab", opener=open_at_once)
@@ -138,9 +138,9 @@ def lock_folder(folder, advice="choose another folder", doing="writing to", wait
         if not has_lock(file, folder):
             if not wait:
                 raise busy
-            print(f"waiting for another process that writes {folder}", file=sys.stderr)
+            print(f"waiting for another process that is writing {folder}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
-        # The process that had the lock may have moved or removed the folder.
+        # The process that held the lock may have moved or removed the folder.
         if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
             raise busy
         for torn in Path(folder).glob(f"*{MARK}"):
@@ -153,8 +153,8 @@ def lock_folder(folder, advice="choose another folder", doing="writing to", wait
 
 @contextlib.contextmanager
 def locked(folder, advice, doing="writing to"):
-    """Make a folder, if need be, and lock it for the block. If nothing is written there, it is
-    as before in the end. Raises UserError with the advice."""
+    """Make a folder, if necessary, and lock it for the block. If the block writes nothing there, a
+    new folder is removed again. Raises UserError with the advice."""
     folder = Path(folder)
     is_new = not folder.exists()
     try:
@@ -173,7 +173,7 @@ def locked(folder, advice, doing="writing to"):
 
 
 def has_lock(file, folder):
-    """Whether this process has the lock now."""
+    """Try to take the lock. Returns whether this process has it."""
     if fcntl is None:
         return True
     try:
@@ -181,8 +181,8 @@ def has_lock(file, folder):
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
             return False
-        print(f"note: {folder} lies on a file system without locks: do not write there twice at "
-              "once", file=sys.stderr)
+        print(f"note: {folder} is on a file system without locks: do not run two commands that "
+              "write there at once", file=sys.stderr)
     return True
 
 
@@ -194,28 +194,28 @@ def remove(path):
 
 
 def holds_files(folder):
-    """Whether there is anything in a folder but what a killed process may have left."""
+    """Whether a folder holds anything other than what a killed process may have left."""
     return any(path.name != LOCK and not path.name.endswith(MARK) for path in folder.iterdir())
 
 
 def is_free(folder):
-    """Whether a folder can be made here, or is there and empty."""
+    """Whether a folder does not exist or is empty."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 @contextlib.contextmanager
 def new_folder(folder, wait=False):
-    """A temporary folder to write in, which takes the name `folder` when the block ends. If the
-    block fails, it is removed.
+    """A temporary folder, which is renamed to `folder` when the block ends. If the block fails, it
+    is removed.
 
-    Raises UserError if the folder is there, or if another process is making it. With `wait`, it
-    waits for that process, and gives None once the folder is there."""
+    Raises UserError if the folder exists, or if another process is making it. With `wait`, it
+    waits for that process and yields None once the folder exists."""
     folder = Path(folder).resolve()
-    taken = UserError(f"{folder} is there already: choose another folder")
+    taken = UserError(f"{folder} already exists: choose another folder")
     if not is_free(folder):
         raise taken
     temporary = folder.with_name(folder.name + MARK)
-    if temporary.is_symlink():  # to a folder that is not ours to clean
+    if temporary.is_symlink():  # its target is not ours to clean
         raise UserError(f"{temporary} is a link: remove it")
     temporary.mkdir(parents=True, exist_ok=True)
     try:
@@ -226,7 +226,7 @@ def new_folder(folder, wait=False):
         yield None
         return
     with lock:
-        if not is_free(folder):  # made since the first look
+        if not is_free(folder):  # made since the first check
             shutil.rmtree(temporary)
             if not wait:
                 raise taken

@@ -1,7 +1,7 @@
-"""Model folders in Hugging Face's form: written for transformers, and read without it.
+"""Model folders in Hugging Face's format: written for transformers, and read without it.
 
-A folder that is read comes from a stranger. It holds JSON and safetensors; no code in it is run and
-nothing is unpickled.
+A folder may come from anyone, so it is not trusted. Only JSON and safetensors are read from it. No
+code in it is run, and nothing is unpickled.
 """
 import json
 import math
@@ -16,7 +16,7 @@ from plumbing.commands import UserError
 from plumbing.files import new_folder, read_file, read_json, write_atomically
 from plumbing.safetensors import find_tensors, read_tensor, write_safetensors
 
-# Fields of model.Config -> their names in config.json, in each kind of model.
+# Fields of model.Config -> their names in config.json, for each type of model.
 NAMES = {
     "llama": {
         "d_model": "hidden_size", "d_ff": "intermediate_size", "vocab_size": "vocab_size",
@@ -31,7 +31,7 @@ NAMES = {
         "n_kv_head": "attention_n_kv_heads", "context": "max_seq_len",
         "rope_theta": "position_emb_theta", "norm_eps": "norm_eps"}}
 REQUIRED = ("d_model", "d_ff", "vocab_size", "n_layer", "n_head")
-# Parts of a parameter's name here and in a pico_decoder.
+# Parts of a parameter's name here -> in a pico_decoder.
 PICO_PARAMETERS = {
     "model.embed_tokens": "pico_decoder.embedding_proj", "model.layers": "pico_decoder.layers",
     "model.norm": "pico_decoder.output_norm", "lm_head": "pico_decoder.de_embedding_proj",
@@ -40,21 +40,22 @@ PICO_PARAMETERS = {
     "mlp.up_proj": "swiglu.w_1", "mlp.down_proj": "swiglu.w_2"}
 LARGEST_CONFIG = 1_000_000
 MOST_LAYERS, LARGEST_NUMBER = 1000, 2 ** 31
-# A decoder holds tables of its context; it can read less than it was trained on.
+# A decoder stores tables for its whole context, so a longer one is cut to this length.
 LONGEST_CONTEXT = 2 ** 17
 
 
 # ---- reading -----------------------------------------------------------------------------------
 
 def import_folder(folder, out, shapes):
-    """Make the new run `out` of a model folder. shapes is a function of a dict, the fields of
-    model.Config, that returns {name: shape} of the decoder's parameters. Raises UserError."""
+    """Make the new run `out` from a model folder. shapes is a function of the fields of
+    model.Config, a dict, and returns {name: shape} of the decoder's parameters. Raises
+    UserError."""
     source = read_json(folder / "config.json", LARGEST_CONFIG)
     fields = config_fields(source, folder / "config.json")
     encoding = byte_level.read_tokenizer(folder)
     if encoding.n_vocab > fields["vocab_size"]:
         raise UserError(f"{folder}: the tokenizer has ids up to {encoding.n_vocab - 1}, but the "
-                        f"model's vocabulary ends at {fields['vocab_size'] - 1}")
+                        f"model's end at {fields['vocab_size'] - 1}: use the model's own tokenizer")
     weights = read_weights(folder, source["model_type"], fields, shapes(fields))
     parameters = sum(weight.numel() for name, weight in weights.items()
                      if name != "lm_head.weight" or not fields["tied"])
@@ -70,18 +71,18 @@ def import_folder(folder, out, shapes):
 
 
 def config_fields(config, place):
-    """The fields of model.Config, a dict, from a config.json, a dict that was read at `place`.
-    Raises UserError if it asks for what the decoder lacks, or for what cannot be."""
+    """The fields of model.Config, a dict, from config, the content of the config.json at `place`.
+    Raises UserError if it needs what the decoder lacks, or has impossible values."""
     names = NAMES.get(str(config.get("model_type")))
     if names is None:
-        raise UserError(f"{place}: the model is of type {config.get('model_type')!r:.40}, and only "
+        raise UserError(f"{place}: the model is of type {config.get('model_type')!r:.40}, but only "
                         f"{' and '.join(NAMES)} can be read")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if isinstance(rope, dict):
         config = config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
     lacking = unknown_features(config, rope)
     if lacking:
-        raise UserError(f"{place} asks for {lacking}, which the decoder here does not have")
+        raise UserError(f"{place} uses {lacking}, which the decoder here does not support")
     fields = {"n_kv_head": config.get(names["n_head"]), "context": 2048, "rope_theta": 10000.0,
               "norm_eps": 1e-6, "tied": False}
     for field, name in names.items():
@@ -94,7 +95,7 @@ def config_fields(config, place):
 
 
 def unknown_features(config, rope):
-    """What a config.json asks for that the decoder lacks, in words; "" if there is nothing."""
+    """The features of a config.json that the decoder lacks, in words; "" if there are none."""
     settings = rope if isinstance(rope, dict) else {"type": rope}
     part = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     activation = config.get("hidden_act", "silu")
@@ -109,7 +110,7 @@ def unknown_features(config, rope):
 
 
 def check_fields(fields, names, place):
-    """Raise UserError unless the fields of model.Config are there and can be."""
+    """Raise UserError unless the fields of model.Config are present and valid."""
     for field in REQUIRED:
         if field not in fields:
             raise UserError(f"{place} has no {names[field]}")
@@ -122,7 +123,7 @@ def check_fields(fields, names, place):
             most = MOST_LAYERS if field == "n_layer" else LARGEST_NUMBER
             fits = type(value) is int and 1 <= value <= most
         if not fits:
-            raise UserError(f"{place}: {names[field]} is {value!r:.40}, which cannot be")
+            raise UserError(f"{place}: {names[field]} is {value!r:.40}, which is not valid")
     head_dim = fields.get("head_dim", fields["d_model"] // fields["n_head"])
     divides = "head_dim" in fields or fields["d_model"] % fields["n_head"] == 0
     if not divides or head_dim % 2 or fields["n_head"] % fields["n_kv_head"]:
@@ -131,13 +132,13 @@ def check_fields(fields, names, place):
 
 
 def read_weights(folder, kind, fields, shapes):
-    """{name: tensor}, float32, of the parameters that `shapes`, {name: shape}, asks for. Nothing
-    is read before all names and shapes are found right. Raises UserError."""
+    """{name: tensor}, float32, for the parameters in `shapes`, {name: shape}. All names and shapes
+    are checked before anything is read. Raises UserError."""
     stored = find_tensors(folder)
     names = {name: name for name in shapes if name != "lm_head.weight" or not fields["tied"]}
     if kind == "pico_decoder":
         names = {name: pico_name(name) for name in names}
-    # Old folders of Llamas hold the rotary frequencies, too, and some a copy of tied weights.
+    # Old Llama folders also hold the rotary frequencies, and some a copy of tied weights.
     harmless = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     if fields["tied"]:
         harmless.add("lm_head.weight")
@@ -150,14 +151,14 @@ def read_weights(folder, kind, fields, shapes):
     for name, theirs in names.items():
         if stored[theirs].shape != tuple(shapes[name]):
             raise UserError(f"{folder}: tensor {theirs!r:.80} has the shape "
-                            f"{stored[theirs].shape}, its config.json says {tuple(shapes[name])}")
+                            f"{stored[theirs].shape}, but config.json says {tuple(shapes[name])}")
     weights = {}
     for name, theirs in tqdm(names.items(), desc="reading", unit="tensor", disable=None):
         weights[name] = read_tensor(stored[theirs])
         if kind == "pico_decoder" and name.endswith(("q_proj.weight", "k_proj.weight")):
             weights[name] = rotate_half_rows(weights[name], fields["head_dim"])
     if fields["tied"]:
-        # A copy: in a checkpoint, no memory belongs to two tensors.
+        # A copy, since two tensors of a checkpoint must not share memory.
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     return weights
 
@@ -169,8 +170,8 @@ def pico_name(name):
 
 
 def rotate_half_rows(weight, head_dim):
-    """The rows of a query or key projection (heads * head_dim, D) in another order. A pico_decoder
-    rotates the pairs (x[2i], x[2i + 1]) of a head, ours (x[i], x[i + head_dim / 2])."""
+    """Reorder the rows of a query or key projection (heads * head_dim, D). In each head, a
+    pico_decoder rotates the pairs (x[2i], x[2i + 1]), and ours (x[i], x[i + head_dim / 2])."""
     pairs = weight.unflatten(0, (-1, head_dim // 2, 2))  # (heads, pairs, 2, D)
     return pairs.transpose(1, 2).reshape(weight.shape)
 
@@ -179,7 +180,7 @@ def rotate_half_rows(weight, head_dim):
 
 def export(decoder, encoding, folder):
     """Write a new folder for LlamaForCausalLM and PreTrainedTokenizerFast. Raises OSError, and
-    UserError if the folder is there."""
+    UserError if the folder exists."""
     state = decoder.state_dict()
     if decoder.config.tied:
         del state["lm_head.weight"]
@@ -195,13 +196,13 @@ def export(decoder, encoding, folder):
 
 
 def model_config(fields, end):
-    """config.json for LlamaForCausalLM, a dict, from the fields of model.Config; end is the id of
-    the token that ends a text, or None."""
+    """The config.json of LlamaForCausalLM, a dict, from the fields of model.Config. end is the id
+    of the end-of-text token, or None."""
     named = {name: fields[field] for field, name in NAMES["llama"].items() if field in fields}
     return named | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        # transformers from version 5 on reads this and not "rope_theta"
+        # transformers 5 and later read this instead of "rope_theta"
         "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]},
         "hidden_act": "silu",
         "attention_bias": False,
@@ -227,10 +228,10 @@ def tokenizer_config(config, encoding):
 
 
 def tokenizer_json(encoding):
-    """tokenizer.json, as a dict: the same tokens by Hugging Face's rules as by tiktoken's.
+    """tokenizer.json, as a dict. With Hugging Face's rules it gives the same tokens as tiktoken.
 
     tiktoken merges the neighbours whose concatenation has the lowest rank. Hugging Face merges
-    the pair that stands first in a list. So every pair that makes a token is listed, in the order
+    the pair that comes first in a list. So every pair that forms a token is listed, in the order
     of that token's rank."""
     ranks, letters = encoding._mergeable_ranks, byte_letters()
     name = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -264,7 +265,7 @@ def tokenizer_json(encoding):
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            # as in tiktoken, a pre-token that is a token stays whole
+            # as in tiktoken, a pre-token that is a token is not split
             "ignore_merges": True,
             "vocab": {name[token]: rank for token, rank in ranks.items()},
             "merges": merges,

@@ -1,7 +1,7 @@
-"""Attention and the next-token loss, forward and backward, where time and memory are decided.
+"""Attention and the next-token loss, forward and backward, where most time and memory go.
 
-Both compute what their one-line formulas say, and the tests compare them. They are written out
-because the plain way computes, holds or moves too much: the scores of keys that no query may see,
+Both compute what their one-line formulas say, and the tests compare the two. They are written out
+because the plain way computes, stores or moves too much: the scores of keys that no query may see,
 and (tokens x vocabulary) logits.
 """
 import functools
@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# The most attention, in bytes, that a layer on a CPU may keep for its backward pass.
+# The most attention weights, in bytes, that a layer on a CPU may keep for its backward pass.
 KEPT_ATTENTION = 104_000_000
-# Queries in a tile of attention.
+# Queries per tile of attention.
 TILE = 64
-# The logits of the loss that are held at a time, in bytes: 512 rows of 50304 in bf16 on a CPU.
+# The most logits of the loss held at a time, in bytes. On a CPU: 512 rows of 50304 in bf16.
 CPU_LOGITS, GPU_LOGITS = 52_000_000, 2 ** 28
-# Training's loss of a token is at most -ln of this, 87.5 nats.
+# In training, the loss of a token is at most -ln of this, 87.5 nats.
 SMALLEST_PROBABILITY = 1e-38
 
 
 # ---- attention ---------------------------------------------------------------------------------
 
 def attend(q, k, v, causal):
-    """softmax(q @ k.T / sqrt(head_dim)) @ v, of queries (B, n_head, T, head_dim) over keys and
+    """softmax(q @ k.T / sqrt(head_dim)) @ v, for queries (B, n_head, T, head_dim) and keys and
     values (B, n_kv_head, T, head_dim)."""
     B, n_head, T, _ = q.shape
     fits = q.element_size() * B * n_head * T * T <= KEPT_ATTENTION
@@ -32,8 +32,8 @@ def attend(q, k, v, causal):
     if causal and fits and on_cpu:
         return TiledAttention.apply(q, k, v)
     if q.device.type == "cuda" and q.dtype == torch.float32:
-        # CUDA has no fused kernel for this type that shares key heads. Without one, all (T, T)
-        # scores are held.
+        # CUDA has no fused float32 kernel in which query heads share key heads. Without a fused
+        # kernel, all (T, T) scores would be stored.
         k, v = key_head_of_each_query_head(k, n_head), key_head_of_each_query_head(v, n_head)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
@@ -44,12 +44,12 @@ def key_head_of_each_query_head(k, n_head):
 
 
 class TiledAttention(torch.autograd.Function):
-    """Causal attention for CPUs: 64 queries at a time against the keys up to the last of them.
+    """Causal attention for CPUs: 64 queries at a time with the keys up to the last of them.
 
-    The scores of a tile may stay in the cache. In bf16, forward and backward through the 11m
-    backbone took 0.15 s for 64 x 32 tokens, 0.21 for 8 x 256 and 0.29 for 4 x 512, where
-    scaled_dot_product_attention took 0.42, 0.42 and 0.60 (two cores). The backward pass needs all
-    attention, so `attend` comes here only where that is small."""
+    The scores of a tile can stay in the cache. In bf16, forward and backward through the 11m
+    backbone took 0.15 s for 64 x 32 tokens, 0.21 for 8 x 256 and 0.29 for 4 x 512. With
+    scaled_dot_product_attention it took 0.42, 0.42 and 0.60 (two cores). The backward pass needs
+    all attention weights, so `attend` uses this only where they are small."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -73,7 +73,7 @@ class TiledAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # A second derivative is wanted. PyTorch's own attention has one under
+            # A second derivative is needed. PyTorch's own attention has one under
             # sdpa_kernel(MATH), which meta.py sets.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
@@ -86,7 +86,7 @@ class TiledAttention(torch.autograd.Function):
         for (rows, keys, values), attention in zip(tiles(k, v), kept):
             grad_out = stacked(grad, rows, k)
             grad_attention = grad_out @ values.mT
-            # A private function, and the only one that differentiates a softmax in one pass.
+            # A private function, but the only one that differentiates a softmax in one pass.
             grad_scores = torch._softmax_backward_data(grad_attention, attention, -1, q.dtype)
             grad_q[:, :, rows] = (grad_scores @ keys).view_as(grad_q[:, :, rows])
             grad_k[:, :, :rows.stop] += stacked(scaled, rows, k).mT @ grad_scores
@@ -96,7 +96,7 @@ class TiledAttention(torch.autograd.Function):
 
 
 def tiles(k, v):
-    """For each tile of queries: their slice, and the keys and values up to the last of them, each
+    """Yield for each tile of queries its slice, and the keys and values up to its last query, each
     (B * n_kv_head, rows.stop, head_dim)."""
     T, keys, values = k.shape[2], k.flatten(0, 1), v.flatten(0, 1)
     for start in range(0, T, TILE):
@@ -113,15 +113,15 @@ def stacked(q, rows, k):
 # ---- the loss ----------------------------------------------------------------------------------
 
 def cross_entropy(hidden, weight, targets):
-    """Mean of -log softmax(hidden @ weight.T)[targets] in nats, a scalar, of hidden (N, D),
+    """Mean of -log softmax(hidden @ weight.T)[targets] in nats, a scalar, for hidden (N, D),
     weight (V, D) and targets (N,)."""
     return ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy a block of rows at a time, so that (N, V) is never held.
+    """Cross-entropy, one block of rows at a time, so that (N, V) logits are never stored.
 
-    With a gradient, it is formed in the forward pass, while a block's logits are at hand, and so
+    If a gradient is needed, the forward pass computes it while a block's logits are in memory, so
     they are never computed twice (the idea of Liger Kernel and of Cut Cross-Entropy, arXiv
     2411.09009). A token's probability is then rounded to bf16 under autocast, and it is at least
     SMALLEST_PROBABILITY. Without a gradient the loss is exact."""
@@ -167,13 +167,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=1)
 def kept_memory(rows, columns, dtype):
-    """Memory for a block of logits on the CPU, the same one in every step. Memory that comes
-    fresh from the system cost 4 % of a step in page faults."""
+    """Memory for a block of logits on the CPU, reused in every step. New memory from the system
+    cost 4 % of a step in page faults."""
     return torch.empty(rows, columns, dtype=dtype)
 
 
 def rows_in_a_block(hidden, weight_low):
-    """Rows of logits to hold at a time: the N rows in blocks of equal size."""
+    """How many rows of logits to hold at a time, so that the blocks of N rows are equally large."""
     limit = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
     most = max(1, limit // (weight_low.element_size() * len(weight_low)))
     blocks = math.ceil(len(hidden) / most)
@@ -181,8 +181,8 @@ def rows_in_a_block(hidden, weight_low):
 
 
 def exact_loss(logits, targets, part):
-    """Summed cross-entropy of logits (rows, V) in float32, `part` rows at a time: all at once
-    took 0.35 s instead of 0.10, most of it in page faults."""
+    """Summed cross-entropy of logits (rows, V) in float32, `part` rows at a time. All rows at once
+    took 0.35 s instead of 0.10, mostly in page faults."""
     losses = [F.cross_entropy(some.float(), part_targets, reduction="sum")
               for some, part_targets in zip(logits.split(part), targets.split(part))]
     return sum(losses)

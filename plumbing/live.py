@@ -1,8 +1,8 @@
 """The live page: what runs have logged so far, served to a browser on this machine.
 
     /                            the page, live.html
-    /runs                        a JSON list: what the page needs of each run's settings
-    /runs/1?from=BYTES&mark=MARK  what is new in the log of run 1 (they count from 0)
+    /runs                        a JSON list: the settings of each run that the page needs
+    /runs/1?from=BYTES&mark=MARK  the new part of the log of run 1 (runs count from 0)
 
 Only this machine can connect, nothing is ever written, and a run is addressed by its number, never
 by a path. The page asks once a second.
@@ -24,20 +24,20 @@ from plumbing.logs import read_settings
 
 PAGE = Path(__file__).with_name("live.html")
 ADDRESS = "127.0.0.1"
-# The default port, and how many after it are tried if it is taken.
+# The default port, and how many ports are tried from there on if it is taken.
 PORT, PORTS = 8765, 20
 # A longer log is sent in pieces of this many bytes.
 MOST_BYTES = 4_000_000
-# A mark is a checksum of so many bytes of a log. Two logs differ there, if only in the seconds that
-# updates took.
+# A mark is a checksum of this many bytes of a log. Any two logs differ there, at least in the
+# seconds that updates took.
 MARKED_BYTES = 1000
-# Seconds that a browser may take to send its request.
+# How many seconds a browser may take to send its request.
 PATIENCE = 10
 LOG_REQUEST = re.compile(r"/runs/([0-9]{1,4})(?:\?from=([0-9]{1,15})&mark=([0-9a-f]{1,8}))?")
-# Another web site may have its name point to this machine, to have the reader's browser ask for
-# the logs. Its requests give themselves away: they ask for that name.
+# A hostile web site may point its own name to this machine, so that the reader's browser asks for
+# the logs. Such requests carry that name as their Host and are refused.
 LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
-# The page may run its own script and ask this server, and load nothing else.
+# The page may run its own script and query this server, but load nothing else.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "
                                "'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -50,14 +50,14 @@ HEADERS = {
 # ---- runs --------------------------------------------------------------------------------------
 
 def describe(folder):
-    """What the page needs of a run's settings. Raises UserError if the folder holds no run."""
+    """The settings of a run that the page needs. Raises UserError if the folder holds no run."""
     settings = read_settings(folder)
     description = {"name": settings["name"][:40], "size": settings["size"][:20],
                    "kind": "meta" if settings.get("meta") else "vanilla",
                    "text": settings.get("corpus_sha256")}
     for name in ("steps", "seed", "vocab_size", "n_way", "inner_steps", "unigram", "bigram"):
         value = settings.get(name)
-        usable = isinstance(value, (int, float)) and abs(value) < 1e15  # NaN is not
+        usable = isinstance(value, (int, float)) and abs(value) < 1e15  # false for NaN
         description[name] = value if usable else None
     if description["n_way"]:
         description["chance"] = 1 / description["n_way"]
@@ -65,7 +65,7 @@ def describe(folder):
 
 
 def open_log(path):
-    """The log of a run, open to read; an empty one if there is none yet, or none any more."""
+    """The log of a run, opened for reading; an empty one if there is none (any more)."""
     try:
         return open_regular(path)
     except (UserError, OSError):
@@ -73,13 +73,13 @@ def open_log(path):
 
 
 def new_lines(path, start, mark):
-    """What is new in a log from byte `start` on, a dict:
+    """The new part of a log, from byte `start` on, as a dict:
 
-    from   where the lines begin: `start`, or 0 if this is another log than before, because the
+    from   where the lines begin: `start`, or 0 if the log has been replaced, which shows when the
            bytes before `start` do not have the checksum `mark`
-    lines  their text; a last line that is not whole yet is left for the next time
-    next, mark  what to ask for the next time
-    more   whether there may be more already
+    lines  their text; an incomplete last line is left for the next request
+    next, mark  what to send with the next request
+    more   whether there may be more to read now
     """
     with open_log(path) as log:
         if start and mark_before(log, start) != mark:
@@ -89,7 +89,7 @@ def new_lines(path, start, mark):
         more = len(content) == MOST_BYTES
         length = content.rfind(b"\n") + 1
         if more and not length:
-            length = MOST_BYTES  # a line without end: pass over this piece of it
+            length = MOST_BYTES  # a very long line: skip this piece of it
         lines = content[:length].decode("utf-8", errors="replace").split("\n")[:-1]
         end = start + length
         return {"from": start, "lines": lines, "next": end, "mark": mark_before(log, end),
@@ -106,7 +106,7 @@ def mark_before(log, end):
 # ---- the server --------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers a request. Other methods than GET have no do_ method, and so they are refused."""
+    """Answers a request. Methods other than GET have no do_ method, so they are refused."""
     timeout = PATIENCE
 
     def do_GET(self):
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_error(self, code, message=None, explain=None):
-        """Called by the class above, too, for requests that it cannot read."""
+        """Also called by the base class, for requests that it cannot read."""
         if code == HTTPStatus.NOT_IMPLEMENTED:
             code = HTTPStatus.METHOD_NOT_ALLOWED
         status = HTTPStatus(code)
@@ -151,9 +151,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the runs in folders. Raises UserError if one is no run, OSError if the port cannot
+    """Serves the runs in folders. Raises UserError if one is not a run, OSError if the port cannot
     be used."""
-    # On Windows this would share a port with another server, instead of finding it taken.
+    # On Windows this would share a port with another server instead of finding it taken.
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
 
@@ -172,13 +172,13 @@ class Server(ThreadingHTTPServer):
         return self.descriptions
 
     def handle_error(self, request, client_address):
-        """A browser that goes away, or waits for too long, is no error."""
+        """A browser that disconnects, or waits for too long, is not an error."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
 def open_server(folders, port):
-    """A Server at this port; with None at PORT or, if that is taken, at the next free one. Raises
+    """A Server on this port. With None it is PORT or, if that is taken, the next free one. Raises
     UserError."""
     ports = range(PORT, PORT + PORTS) if port is None else [port]
     for candidate in ports:
@@ -204,10 +204,10 @@ def serve(folders, port=None):
     with open_server(folders, port) as server:
         port = server.server_address[1]
         address = f"http://{ADDRESS}:{port}/"
-        print(f"{address}   (Ctrl-C ends it)", flush=True)
+        print(f"{address}   (Ctrl-C stops the server)", flush=True)
         if has_display():
             webbrowser.open(address)
         else:
-            print(f"from another machine: ssh -L {port}:{ADDRESS}:{port} THIS-MACHINE, and there "
-                  "the same address", flush=True)
+            print(f"from another machine: run ssh -L {port}:{ADDRESS}:{port} THIS-MACHINE there, "
+                  "then open the same address", flush=True)
         server.serve_forever()

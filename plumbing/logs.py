@@ -1,4 +1,4 @@
-"""Reading what a run has written: config.json and metrics.jsonl."""
+"""Read what a run has written: config.json and metrics.jsonl."""
 from pathlib import Path
 
 import numpy as np
@@ -7,22 +7,22 @@ from plumbing.commands import LARGEST_NUMBER, UserError
 from plumbing.files import parse_json, read_file
 
 LARGEST_SETTINGS = 1_000_000  # bytes
-# What is read of config.json. All but size and vocab_size may be missing.
+# What is read from config.json. All but size and vocab_size may be missing.
 SETTINGS = {"size": str, "vocab_size": int, "steps": int | None, "seed": int | None,
             "name": str | None, "meta": bool | None, "hybrid_ratio": float | int | None,
             "meta_start": float | int | None, "tokenizer": str | None,
             "corpus_sha256": str | None, "tokenizer_sha256": str | None, "data": str | None,
             "cache": str | None, "episode_len": int | None, "head": str | None,
             "inner": str | None, "inner_lr": float | int | None}
-# The counts among them, from and to.
+# The limits of the counts among them.
 COUNTS = {"vocab_size": (2, 10 ** 7), "steps": (0, LARGEST_NUMBER), "seed": (0, LARGEST_NUMBER)}
 LONGEST_NAME = 100
-# What every line of the log must hold, and what those of each kind. Other values are numbers, or
-# null where a figure was not finite, but for the OBJECTS.
+# What every line of the log must hold, and what lines of each kind must hold as well. All other
+# values are numbers, or null where a figure was not finite, except for the OBJECTS.
 COSTS = {"step": int, "tokens": float | int, "flops": float | int, "seconds": float | int}
 FIGURES = {None: (), "lm": (), "meta": ("query_accuracy", "chance")}
 OBJECTS = {"effective_rank", "proportional_effective_rank", "head_entropy"}
-# No figure is larger, and sums of such numbers stay finite.
+# No real figure is larger, and sums of such numbers stay finite.
 LARGEST_FIGURE = 1e30
 # No decoder has more. A damaged log must not keep the search for phases busy for minutes.
 MOST_LAYERS = 100
@@ -44,7 +44,7 @@ def read_settings(folder):
     settings["size"] = printable(settings["size"])
     for key, (low, high) in COUNTS.items():
         if not low <= settings[key] <= high:
-            raise UserError(f"{folder} is not a run: the {key} in its config.json is no count")
+            raise UserError(f"{folder} is not a run: the {key} in its config.json is invalid")
     return settings
 
 
@@ -54,8 +54,8 @@ def printable(name):
 
 
 def read_metrics(path):
-    """(lines, notes): the objects of a metrics.jsonl as far as it can be read, and a list of what
-    was wrong with the rest. A run that was killed at once has no such file, and so no lines."""
+    """(lines, notes): the objects of a metrics.jsonl that can be read, and a list of notes about
+    the rest. A run that was killed at once has no such file, and so no lines."""
     path, lines, unreadable = Path(path), [], 0
     if not path.exists():
         return [], []
@@ -75,7 +75,7 @@ def read_metrics(path):
 
 
 def is_log_line(line):
-    """Whether an object, which has the COSTS, holds what a line of the log must hold."""
+    """Whether an object that has the COSTS is a valid line of the log."""
     kind = line.get("kind")
     if not 0 <= line["step"] <= LARGEST_NUMBER or kind not in FIGURES:
         return False
@@ -96,7 +96,7 @@ def read_run(folder):
     lines, notes = read_metrics(folder / "metrics.jsonl")
     evaluations, _ = series(lines, "val_loss")
     if not len(evaluations):
-        raise UserError(f"{folder} has no evaluation in its log yet")
+        raise UserError(f"{folder} has no evaluation in its log yet: let it train first")
     last = lines[-1]["step"]
     if last < settings["steps"]:
         notes.append(f"{folder}: running or stopped, at update {last} of {settings['steps']}")
@@ -104,7 +104,7 @@ def read_run(folder):
 
 
 def layer_series(lines, *path):
-    """A probe of each layer, (steps (S,), values (S, layers)). The entropy of a layer is the mean
+    """A probe, layer by layer: (steps (S,), values (S, layers)). The entropy of a layer is the mean
     over its heads."""
     steps, values = series(lines, *path)
     if values.ndim == 3:
@@ -118,7 +118,7 @@ def series(lines, *path, x="step"):
     """(x (S,), values (S, ...)) of one figure in the lines of a log, both float64.
 
     The path leads to the figure, as in series(lines, "effective_rank", "hidden"). Lines without
-    it are passed over, and so are values that are not finite or not of the usual shape."""
+    it are skipped, and so are values that are not finite or not of the first one's shape."""
     xs, values = [], []
     for line in lines:
         value = line

@@ -13,18 +13,18 @@ from plumbing.commands import UserError
 
 try:
     import resource
-except ImportError:  # Windows has none
+except ImportError:  # Windows lacks it
     resource = None
 
-# On a GPU a backbone is compiled if it is wider than this or if the run has at least so many
-# updates. Both are estimates, since no GPU was at hand: compiling takes some seconds at any width,
-# and the default run of the smallest decoder may be over in less than a minute.
+# On a GPU a backbone is compiled if it is wider than NARROW or if the run has at least LONG_RUN
+# updates. Both are estimates, not measured on a GPU: compiling takes some seconds at any width,
+# and the default run of the smallest decoder may take less than a minute.
 NARROW, LONG_RUN = 96, 5000
 
 
 def pick_device(name=None):
-    """torch.device: the named one, or the best that is here (cuda, then mps, then cpu). A GPU with
-    a number becomes the current one, which `precision` looks at. Raises UserError."""
+    """torch.device: the named one, or the best available (cuda, then mps, then cpu). A GPU with a
+    number becomes the current one, which `precision` uses. Raises UserError."""
     if name is None:
         check_driver()
     if torch.cuda.is_available():
@@ -48,10 +48,10 @@ def pick_device(name=None):
 
 
 def check_driver():
-    """Raise UserError if there is a GPU whose driver is too old for this PyTorch, which would
-    compute on the CPU."""
+    """Raise UserError if there is a GPU whose driver is too old for this PyTorch. Otherwise
+    PyTorch would use the CPU."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's own words, which the message replaces
+        warnings.simplefilter("ignore")  # PyTorch's own warning, which the message replaces
         if not torch.backends.cuda.is_built() or torch.cuda.is_available():
             return
     try:
@@ -59,12 +59,12 @@ def check_driver():
     except RuntimeError as error:
         if "too old" in str(error):
             raise UserError(f"the driver of the GPU is too old for PyTorch {torch.__version__}: "
-                            "update the driver, install a PyTorch for an older CUDA, or take the "
+                            "update the driver, install a PyTorch for an older CUDA, or use the "
                             "CPU with --device cpu") from None
 
 
 def precision(device):
-    """A context manager: autocast to bf16 where the hardware computes in it, else float32.
+    """A context manager: autocast to bf16 where the hardware supports it, else float32.
 
     That is CUDA from Ampere on, and CPUs with AVX512-BF16 or AMX, whose matrix products are up to
     four times as fast in bf16. Other CPUs only emulate it, slowly."""
@@ -79,25 +79,25 @@ def precision(device):
 
 
 def worth_compiling(backbone, updates):
-    """Whether a run of so many updates compiles its backbone: on a GPU, with Triton, unless the
-    run is too small to make up for it."""
+    """Whether a run with this many updates compiles its backbone: on a GPU with Triton, unless the
+    run is too small to make up for the time."""
     on_gpu = backbone.cos.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return on_gpu and (len(backbone.norm.weight) > NARROW or updates >= LONG_RUN)
 
 
 def compiled(backbone, updates, shapes=()):
-    """(the backbone as training runs it, seconds): compiled if that is worth it, or as it is.
+    """(the backbone for training, seconds): compiled if that is worth it, else unchanged.
 
-    What is compiled is a layer. All layers share its code, which is a twelfth of the backbone's,
-    and each shape has its own. shapes are (rows, length, whether a gradient follows) of training's
-    batches: they are compiled here, and the seconds say how long that took.
-    Training has few shapes and needs first derivatives only. Evaluation and sampling, which have
-    many shapes, use the backbone itself."""
+    Each layer is compiled by itself. All layers share the code, a twelfth of the backbone's, and
+    each shape has its own. shapes are (rows, length, whether a gradient follows) of training's
+    batches. They are compiled here, and the seconds say how long that took.
+    Training has few shapes and needs only first derivatives. Evaluation and sampling have many
+    shapes and use the backbone itself."""
     if not worth_compiling(backbone, updates):
         return backbone, 0.0
     started = time.perf_counter()
     twin = copy.copy(backbone)  # with the same parameters
-    twin._modules = dict(backbone._modules)  # of its own, so that the backbone keeps its layers
+    twin._modules = dict(backbone._modules)  # a copy, so that the backbone keeps its layers
     twin.layers = nn.ModuleList(torch.compile(layer, dynamic=False) for layer in backbone.layers)
     device = backbone.cos.device
     for rows, length, with_gradient in shapes:
@@ -125,12 +125,12 @@ def device_in_words(device):
 
 
 def peak_memory(device):
-    """The most memory that this process has used, in words; "" where that is not known."""
+    """The most memory that this process has used, in words; "" where that is unknown."""
     if device.type == "cuda":
         gib = torch.cuda.max_memory_allocated(device) / 2 ** 30
         return f"peak {gib:.1f} GiB on the device"
     if resource is None:
         return ""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes in what the system reports
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes in the unit that the system reports
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
     return f"peak memory {gib:.1f} GiB"

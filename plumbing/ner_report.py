@@ -7,17 +7,17 @@ import numpy as np
 from plumbing.pictures import draw_f1, save_figure
 from plumbing.statistics import bootstrap, interval
 
-# Steps in a point of a tuning's loss curve.
+# How many steps make one point of a fine-tuning loss curve.
 CURVE_EVERY = 10
 
 
 def tuning_speed(losses, every=CURVE_EVERY):
-    """The paper's figures of a loss curve, losses (steps,), each of whose points is the mean of
-    `every` steps.
+    """The paper's measures of fine-tuning speed, from losses (steps,). Each point of the loss curve
+    is the mean of `every` steps.
 
     t90    the first step at which 90 % of the drop from first to last point is done; None if the
            loss does not drop
-    auc    the area under the curve over the range of steps, by trapezoids, in nats per word
+    auc    the area under the curve (trapezoids) divided by the range of steps, in nats per word
     slope  by least squares on the first 10 % of the points, in nats per step"""
     every = max(1, min(every, len(losses) // 2))
     whole = len(losses) // every * every
@@ -38,7 +38,7 @@ def tuning_speed(losses, every=CURVE_EVERY):
 # ---- the table ---------------------------------------------------------------------------------
 
 def values_of(cells, key, runs, mode, train, test, seeds):
-    """(runs, seeds): one figure of the cells of several runs."""
+    """(runs, seeds): one figure from the cells of several runs."""
     values = []
     for run in runs:
         values.append([cells[run, train, mode, seed, test][key] for seed in range(seeds)])
@@ -47,7 +47,7 @@ def values_of(cells, key, runs, mode, train, test, seeds):
 
 def pair_up(groups):
     """(name, name) pairs of the first two groups' runs: by seed or, without a common seed, in
-    order; [] of a single group."""
+    order; [] for a single group."""
     if len(groups) < 2:
         return []
     first, second = list(groups.values())[:2]
@@ -58,8 +58,8 @@ def pair_up(groups):
 
 
 def difference(args, cells, pairs, f1_of, mode, train, test):
-    """(differences (pairs,), bootstrap draws (R,)) of F1, in points, second minus first. A
-    bootstrap is drawn of a single pair only."""
+    """(differences (pairs,), bootstrap draws (R,)) of F1, in points, second minus first. Bootstrap
+    draws are made only for a single pair."""
     first, second = zip(*pairs)
     f1 = [values_of(cells, "f1", runs, mode, train, test, args.seeds).mean(axis=1)
           for runs in (first, second)]

@@ -1,17 +1,17 @@
-"""What counting alone achieves: the losses that a language model should beat."""
+"""Unigram and bigram baselines: the losses that a language model should beat."""
 import numpy as np
 
-# Counts come from this many training tokens at most.
+# At most this many training tokens are counted.
 COUNTED_TOKENS = 50_000_000
-# The discount of the bigram. Of the usual smoothings this one was the best on the default corpus.
+# The discount of the bigram. Of the usual smoothing methods, this was best on the default corpus.
 DISCOUNT = 0.75
 
 
 def ngram_losses(train, windows, vocab_size):
-    """{"unigram", "bigram"}: nats per token on validation windows (W, T+1), after counting in the
+    """{"unigram", "bigram"}: nats per token on validation windows (W, T+1), with counts from the
     training tokens train (n,).
 
-    The unigram adds one to each count. The bigram is interpolated absolute discounting (Ney,
+    The unigram adds one to each count. The bigram uses interpolated absolute discounting (Ney,
     Essen & Kneser 1994)."""
     train, windows = np.asarray(train[:COUNTED_TOKENS]).astype(np.int64), np.asarray(windows)
     count = np.bincount(train, minlength=vocab_size)

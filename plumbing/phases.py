@@ -1,9 +1,9 @@
-"""Phases of a curve: does it rise and then fall, beyond what noise would do?
+"""Phases of a curve: does it rise and then fall by more than noise would?
 
 The paper's claim is that rank and entropy first rise ("fan out") and then fall ("collapse"). A
-curve counts as rising and falling if curves that only rise or only fall, with noise like its own,
-show as high a hump in fewer than one of 200 cases, and if the hump is not small. This test is
-meant for curves with a clear trend. In autocorrelated noise alone it finds too many humps.
+curve counts as rising and falling if curves that only rise or only fall, with the same kind of
+noise, show so high a hump in fewer than one of 200 cases, and if the hump is not small. The test
+is meant for curves with a clear trend. In autocorrelated noise alone it finds too many humps.
 """
 import itertools
 
@@ -12,28 +12,28 @@ import numpy as np
 from plumbing.logs import layer_series
 from plumbing.statistics import in_words, mean_and_spread
 
-# curve -> where it stands in a line of the log
+# curve -> its place in a line of the log
 CURVES = {
     "rank of hidden states": ("effective_rank", "hidden"),
     "rank of attention weights": ("effective_rank", "attention"),
     "rank of MLP weights": ("effective_rank", "mlp"),
     "head entropy": ("head_entropy", "normalised"),
 }
-# The probes that phases need. A short run would show its first hump alone.
+# The number of probes that phases need. A shorter run would show only its first hump.
 FEWEST_PROBES = 12
 TOO_EARLY = f"fewer than {FEWEST_PROBES} probes: too early for phases"
-# Of monotone curves with noise of 5 % of their range and autocorrelation 0.6, none in forty
-# passes both bars; with 1/20 of the range one in six does.
+# Of 40 monotone curves with noise of 5 % of their range and autocorrelation 0.6, none passes both
+# limits. With 1/20 of the range as the second limit, one in six does.
 LARGEST_P = 0.005
 SMALLEST_SHARE = 1 / 8  # of a curve's range
-# How many curves are made up for one test.
+# How many curves are simulated for one test.
 DRAWS = 400
 
 
 # ---- one curve ---------------------------------------------------------------------------------
 
 def smooth(values):
-    """Running mean of three of values (S,); at the ends, of two."""
+    """Running mean of three of the values (S,), and of two at the ends."""
     padded = np.concatenate([[np.nan], values, [np.nan]])
     return np.nanmean(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0)
 
@@ -59,7 +59,7 @@ def falling_fit(values):
 
 
 def hump(values):
-    """(height, bottom, peak, end) of the best rise and fall in values (S,).
+    """(height, bottom, peak, end) of the largest rise and fall in values (S,).
 
     The last three are indices: the lowest point before the peak, the peak, and the lowest point
     after it. The height is the smaller of rise and fall."""
@@ -73,10 +73,10 @@ def hump(values):
 
 
 def hump_test(values):
-    """(height, bottom, peak, end, p) of the best rise and fall in values (S,), smoothed.
+    """(height, bottom, peak, end, p) of the largest rise and fall in values (S,), smoothed.
 
-    p is the probability of as high a hump in a curve that is monotone in truth. Such curves are
-    made up: the best monotone fit, plus the noise of `resampled_noise`."""
+    p is the probability of so high a hump if the true curve is monotone. Such curves are
+    simulated: the best monotone fit, plus the noise of `resampled_noise`."""
     height, bottom, peak, end = hump(smooth(values))
     fits = [rising_fit(values), falling_fit(values)]
     errors = [((values - fit) ** 2).sum() for fit in fits]
@@ -88,12 +88,12 @@ def hump_test(values):
 
 
 def resampled_noise(values, bottom, peak, end):
-    """(DRAWS, S) of noise like that of values (S,): what a fit that falls, rises, falls and rises
-    again leaves over, resampled in blocks that keep its autocorrelation (Kunsch 1989)."""
+    """(DRAWS, S) of noise like that of values (S,): the residuals of a fit that falls, rises, falls
+    and rises again, resampled in blocks that keep their autocorrelation (Kunsch 1989)."""
     n = len(values)
     fit = np.concatenate([falling_fit(values[:bottom]), rising_fit(values[bottom:peak]),
                           falling_fit(values[peak:end]), rising_fit(values[end:])])
-    # The fit follows the noise, too, and so what it leaves over is too small.
+    # The fit also follows the noise, so its residuals are too small and are scaled up.
     freedom = n - len(np.unique(fit))
     residuals = (values - fit) * n / max(1, freedom)
     size = max(3, n // 4)
@@ -104,13 +104,13 @@ def resampled_noise(values, bottom, peak, end):
 
 
 def phase(steps, values):
-    """What a curve values (S,) at steps (S,) does, as a dict.
+    """The phases of a curve, values (S,) at steps (S,), as a dict.
 
     bottom, peak   the steps where the rise begins and ends
-    reconverged    the step at which nine tenths of the fall are done
+    reconverged    the step at which 90 % of the fall is done
     rise, fall     their sizes
     p              see hump_test
-    trough, p_trough  the lowest point of the opposite, a fall and a rise, and its p
+    trough, p_trough  the lowest point of the opposite, a fall and then a rise, and its p
     verdict        in words
     """
     smoothed = smooth(values)
@@ -138,7 +138,7 @@ def phase(steps, values):
 
 
 def holds(verdict, shape):
-    """Whether a verdict of `phase` is, or begins or ends with, "rises, falls" or "falls, rises"."""
+    """Whether a verdict of `phase` contains the shape, "rises, falls" or "falls, rises"."""
     return shape in verdict.replace(" and ", ", ")
 
 
@@ -155,7 +155,7 @@ def phases(lines):
 
 
 def phase_table(run_phases):
-    """The phases of a run in words: for each curve what was found, then a row per layer."""
+    """The phases of a run in words: for each curve a sentence, then a row per layer."""
     if not run_phases:
         return TOO_EARLY
     lines = []
@@ -163,7 +163,7 @@ def phase_table(run_phases):
         lines += ["", f"{name}: {who_is_first(layers)}"]
         rows = [in_a_row(found) for found in layers]
         first = 0
-        for row, same in itertools.groupby(rows):  # neighbours that do the same share a row
+        for row, same in itertools.groupby(rows):  # neighbours with the same row share it
             last = first + len(list(same)) - 1
             which = f"layer {first}" if first == last else f"layers {first} to {last}"
             lines.append(f"  {which:<16} {row}")
@@ -172,11 +172,11 @@ def phase_table(run_phases):
 
 
 def in_a_row(found):
-    """The verdict on a layer and, of a rise and fall, its updates."""
+    """The verdict on a layer and, for a rise and fall, the updates at which they happen."""
     if not holds(found["verdict"], "rises, falls"):
         return found["verdict"]
-    return (f"{found['verdict']} (from update {found['bottom']:,}; peak at {found['peak']:,}, back "
-            f"by {found['reconverged']:,})")
+    return (f"{found['verdict']} (from update {found['bottom']:,}; peak at {found['peak']:,}, 90 % "
+            f"of the fall by {found['reconverged']:,})")
 
 
 def who_is_first(layers):
@@ -184,7 +184,7 @@ def who_is_first(layers):
     humped = [i for i, found in enumerate(layers) if holds(found["verdict"], "rises, falls")]
     if not humped:
         return (f"no layer of {len(layers)} rises and then falls by more than noise "
-                f"(p < {LARGEST_P}) and an eighth of its range")
+                f"(p < {LARGEST_P}) and by more than an eighth of its range")
     by_peak = sorted(humped, key=lambda i: (layers[i]["peak"], layers[i]["reconverged"]))
     by_end = sorted(humped, key=lambda i: layers[i]["reconverged"])
     return (f"{len(humped)} of {len(layers)} layers rise and then fall; first to peak: layers "
@@ -194,7 +194,7 @@ def who_is_first(layers):
 
 def phase_counts(groups):
     """In how many layers each curve rises and falls, or falls and rises, over the seeds of each
-    group, {label: [(settings, phases)]}; a layer that does both counts as both.
+    group, {label: [(settings, phases)]}. A layer that does both counts as both.
 
     Returns {curve: {label: {"rise and fall": {mean, sd}, "fall and rise": {mean, sd}}}}. A group
     in which a run has too few probes is left out."""
@@ -216,7 +216,7 @@ def count_layers(layers, shape):
 
 
 def phase_count_table(counts):
-    """phase_counts in words."""
+    """The result of phase_counts as a table."""
     if not any(counts.values()):
         return f"\n{TOO_EARLY}"
     lines = ["", most_humps(counts), " " * 48 + f"{'rise and fall':>16}{'fall and rise':>16}"]
@@ -229,10 +229,10 @@ def phase_count_table(counts):
 
 
 def most_humps(counts):
-    """Where the paper's phases, a rise and then a fall, are seen in most layers, in words."""
+    """Which curve shows the paper's phases, a rise and then a fall, in most layers, in words."""
     found = [(shapes["rise and fall"]["mean"], curve, label)
              for curve, labels in counts.items() for label, shapes in labels.items()]
     layers, curve, label = max(found)
-    where = f"in {layers:g} layers at most ({curve}, {label})" if layers else "in no layer"
-    return (f"The paper's two phases, a rise and then a fall, are seen {where}. In how many layers "
-            "a curve does what (layer by layer: python probe.py RUN):")
+    where = f"in at most {layers:g} layers ({curve}, {label})" if layers else "in no layer"
+    return (f"The paper's two phases, a rise and then a fall, are seen {where}. The number of "
+            "layers with each shape (to see which layers: python probe.py RUN):")

@@ -15,13 +15,13 @@ from plumbing.files import write_atomically
 from plumbing.logs import layer_series, series
 from plumbing.statistics import interval
 
-# Okabe & Ito's colours, which colour-blind eyes can tell apart.
+# Okabe & Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = COLOURS = [
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
-# Readable from the last row of a lecture hall. A run's name may hold dollar signs.
+# Readable from the last row of a lecture hall. A run's name may contain dollar signs.
 matplotlib.rcParams.update({"font.size": 14, "axes.titlesize": 15, "legend.frameon": False,
                             "text.parse_math": False})
-# Letters of a title that fit above a panel.
+# How many characters of a title fit above a panel.
 TITLE_WIDTH = 64
 
 
@@ -45,13 +45,13 @@ def label_panel(ax, title, ylabel="", xlabel="updates", width=TITLE_WIDTH):
 
 
 def legend_below(ax, columns=2):
-    """A legend that no curve can cross."""
+    """A legend below the panel, where no curve crosses it."""
     if ax.get_legend_handles_labels()[1]:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns)
 
 
 def log_steps(ax, last):
-    """An axis that shows update 0 and the dense start: linear to 1, logarithmic from there."""
+    """An x axis that shows update 0 and the dense start: linear to 1, logarithmic from there."""
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xlim(0, max(last, 2))
     ticks = [0] + [10 ** k for k in range(8) if 10 ** k <= last]
@@ -59,8 +59,8 @@ def log_steps(ax, last):
 
 
 def plot_evaluations(ax, x, y, color, label=None):
-    """Points joined by lines. The first one, of the untrained model, stands alone, since what
-    lies between it and the second is not known."""
+    """Points joined by lines. The first one, of the untrained model, is not joined, since nothing
+    was measured between it and the second."""
     ax.plot(x[:1], y[:1], "o", color=color)
     ax.plot(x[1:], y[1:], "o-", color=color, linewidth=2, label=label)
 
@@ -75,8 +75,8 @@ def save_dynamics(folder, lines, settings):
 
 
 def draw_dynamics(figure, lines, settings):
-    """Draw one run on an empty figure. What does it cost next-token prediction? Does adapting
-    help? What happens inside: maps of rank and entropy by layer."""
+    """Draw one run on an empty figure: its next-token loss, its few-shot accuracy, and maps of
+    rank and entropy by layer."""
     last = lines[-1]["step"] if lines else 1
     (loss_ax, accuracy_ax), (rank_ax, entropy_ax) = figure.subplots(2, 2)
     draw_losses(loss_ax, lines, settings, last)
@@ -145,11 +145,11 @@ def draw_accuracy(ax, lines, last):
 
 
 def accuracy_sentence(figures):
-    """What few-shot figures (shares from 0 to 1) say, in a sentence."""
+    """A sentence about few-shot figures (shares from 0 to 1)."""
     chance = figures.get("fewshot_chance", 0)
     if {"fewshot_before", "fewshot_after"} <= figures.keys():
-        return (f"Adapting takes unseen words from {figures['fewshot_before']:.0%} to "
-                f"{figures['fewshot_after']:.0%} right (chance {chance:.0%})")
+        return (f"Adapting takes accuracy on unseen words from {figures['fewshot_before']:.0%} to "
+                f"{figures['fewshot_after']:.0%} (chance {chance:.0%})")
     if "fewshot_prototype" in figures:
         return (f"The nearest prototype gets {figures['fewshot_prototype']:.0%} of unseen words "
                 f"right (chance {chance:.0%})")
@@ -157,8 +157,8 @@ def accuracy_sentence(figures):
 
 
 def draw_layers(ax, lines, path, title, unit):
-    """A map of a probe: time to the right, layers upwards. The title has places for the mean over
-    the layers at first, at its lowest and at the end."""
+    """A map of a probe: time to the right, layers upwards. The title is a format with places for
+    the mean over the layers at first, at its lowest and at the end."""
     x, values = layer_series(lines, *path)
     if not len(x):
         label_panel(ax, "not probed yet")
@@ -176,8 +176,8 @@ def draw_layers(ax, lines, path, title, unit):
 # ---- several runs ------------------------------------------------------------------------------
 
 def draw_comparison(groups, result):
-    """A figure of what compare.compare found in groups {label: [(settings, lines)]}. What does it
-    cost next-token prediction? Does adapting help? What is different inside?"""
+    """A figure of the result of compare.compare for groups {label: [(settings, lines)]}: loss at
+    equal cost, few-shot accuracy, and effective rank by layer."""
     figure = new_figure(20, 7.5)
     loss_ax, accuracy_ax, rank_ax = figure.subplots(1, 3)
     colours = dict(zip(groups, COLOURS * len(groups)))
@@ -200,7 +200,7 @@ def draw_loss_at_equal_cost(ax, groups, result, colours):
                     label=None if i else label[:60])
     label_panel(ax, cost_sentence(result), result["unit"], "model FLOPs", width=44)
     legend_below(ax)
-    if highest == 0:  # nothing that a logarithm could show
+    if highest == 0:  # a logarithmic axis needs positive costs
         return
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -209,7 +209,7 @@ def draw_loss_at_equal_cost(ax, groups, result, colours):
 
 
 def draw_accuracy_bars(ax, entries, colours):
-    """Bars of few-shot accuracy, {label: final figures}; the error is the spread over seeds."""
+    """Bars of few-shot accuracy, {label: final figures}. Error bars are the spread over seeds."""
     width = 0.8 / len(entries)
     sentences = []
     for g, (label, entry) in enumerate(entries.items()):
@@ -227,7 +227,7 @@ def draw_accuracy_bars(ax, entries, colours):
                        label=f"chance: {figures['fewshot_chance']:.0%}")
     ax.set_xticks(range(len(FEWSHOT)), [name.replace(", ", ",\n") for name in FEWSHOT.values()])
     ax.margins(y=0.1)
-    # The sentence of the first group that adapts.
+    # The title is the sentence of the first group that adapts.
     adapting = [sentence for sentence in sentences if sentence.startswith("Adapting")]
     label_panel(ax, (adapting + sentences)[0], "% right", "* where the look-up fails", width=44)
     legend_below(ax)
@@ -274,8 +274,8 @@ def draw_f1(bars, tests):
 
 
 def half_intervals(f1):
-    """Half the length of the 95 % interval of each mean of f1, (runs, tunings) each; None if there
-    is one value only."""
+    """Half the width of the 95 % interval of each mean of f1, (runs, tunings) each; None if there
+    is only one value."""
     halves = []
     for values in f1:
         independent = values.mean(axis=1) if len(values) > 1 else values[0]

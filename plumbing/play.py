@@ -1,7 +1,7 @@
 """An episode in words: how it is printed, played and scored.
 
-The words of an episode are letters until the end. So a person sees what the model sees: rows of
-text, and which of them belong together.
+Letters stand for the words until the end. So a person sees what the model sees: rows of text, and
+which of them belong together.
 """
 import math
 import string
@@ -10,9 +10,9 @@ import textwrap
 from dataclasses import dataclass
 
 LETTERS = string.ascii_uppercase
-# By default an episode to play has so many words; a person can keep them in mind.
+# The default number of words in an episode to play, few enough for a person to remember.
 N_WAY = 4
-# A larger episode does not fit on a screen: words, and support rows and queries for each.
+# The largest episode that fits on a screen: words, and support rows and queries for each.
 MOST_WAYS, MOST_SHOTS, MOST_QUERIES = 8, 8, 3
 # Columns of a printed row of text.
 WIDTH = 96
@@ -35,8 +35,8 @@ class EpisodeInWords:
 
 @dataclass
 class Player:
-    """Who answered the queries of an episode, and how. guesses holds a label or None (no answer)
-    for each query; support_loss is in nats, and None where there is no such loss."""
+    """A person or a method, and its answers to an episode. guesses holds a label or None (no
+    answer) for each query. support_loss is in nats, or None if there is no such loss."""
     name: str
     guesses: list
     support_loss: float | None = None
@@ -61,8 +61,8 @@ def unanswered(episode):
 
 def support_set(episode):
     n_way = len(episode.words)
-    lines = [f"An episode: {n_way} words are hidden, and called {letters_of(n_way)}. Each row of "
-             "text stops", "where one of them stood, at the <mask>.", "",
+    lines = [f"An episode: the letters {letters_of(n_way)} stand for {n_way} hidden words. Each "
+             "row of text", "ends with a <mask> in place of one of them.", "",
              "Support set: the letter of the word is given."]
     for label, row in episode.support:
         lines.append(indented(f"   {LETTERS[label]}  ... ", row))
@@ -70,7 +70,7 @@ def support_set(episode):
 
 
 def query_heading(episode):
-    return f"Queries: which word stood at the <mask>, {letters_of(len(episode.words))}?"
+    return f"Queries: which word, {letters_of(len(episode.words))}, does the <mask> hide?"
 
 
 def letters_of(n_way):
@@ -91,11 +91,11 @@ def indented(start, row):
 # ---- the game ----------------------------------------------------------------------------------
 
 def play(episode):
-    """Ask the person at the terminal; returns their guesses, one for each query. Ctrl-D ends the
-    game: there is no answer to what was not asked."""
+    """Ask the person at the terminal. Returns their guesses, one for each query. Ctrl-D ends the
+    game, and the guess for each remaining query is None."""
     print(support_set(episode), "", query_heading(episode), sep="\n")
-    print("Type a letter and Enter. Enter alone skips a query, ? shows the support set again, and "
-          "Ctrl-D", "ends the game.", sep="\n")
+    print("Type a letter and press Enter. Enter alone skips a query, ? shows the support set "
+          "again, and", "Ctrl-D ends the game.", sep="\n")
     guesses = []
     try:
         for number, row in enumerate(episode.queries, start=1):
@@ -107,7 +107,7 @@ def play(episode):
 
 
 def ask(episode):
-    """The label that a person types, or None for a bare Enter. Anything else is asked again."""
+    """The label that a person types, or None for a bare Enter. Asks again after anything else."""
     n_way = len(episode.words)
     while True:
         try:
@@ -127,8 +127,8 @@ def ask(episode):
 # ---- the table ---------------------------------------------------------------------------------
 
 def present(episode, players, asks):
-    """Print an episode and what the Players answered; if `asks`, the person at the terminal
-    answers first. Without a terminal, print the table alone."""
+    """Print an episode and the answers of the Players. If `asks`, the person at the terminal
+    answers first. Without a terminal, print only the table."""
     if sys.stdin and sys.stdin.isatty():
         if asks:
             players = [Player("you", play(episode)), *players]
@@ -139,7 +139,7 @@ def present(episode, players, asks):
 
 
 def answer_table(episode, players):
-    """Who answered what: a row for each Player, a column for each query; and the words."""
+    """The answers: a row for each Player, a column for each query, and then the words."""
     n_way, n_queries = len(episode.words), len(episode.queries)
     has_meta_head = any(player.support_loss is not None for player in players)
     heading = row_of_table("query", range(1, n_queries + 1)) + "   right"
@@ -157,7 +157,7 @@ def answer_table(episode, players):
     if has_meta_head:
         guessing += f", and a support loss of ln {n_way} = {math.log(n_way):.3f} nats"
     lines += [guessing + ".",
-              "\"-\" is no answer: the look-up only knows tokens that stand before a <mask> of the "
+              "\"-\" means no answer: the look-up only knows tokens right before a <mask> in the "
               "support set."]
     if not has_meta_head:
         lines.append("This run has no meta head: train.py --meta makes one.")

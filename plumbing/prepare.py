@@ -1,8 +1,8 @@
 """Text -> a tokenizer and two token files, made once and kept in a cache.
 
 A prepared folder holds `tokenizer.tiktoken`, the uint16 token files `train.bin` and `val.bin`, and
-`info.json` with its counts and the SHA-256 of each file. In the cache its name is a hash of what
-it was made from.
+`info.json` with its counts and the SHA-256 of each file. In the cache, the folder's name is a hash
+of everything it was made from.
 """
 import hashlib
 import importlib.util
@@ -23,20 +23,20 @@ from plumbing.text import (PACKAGES, digest, documents, installed_docs, is_valid
 from plumbing.tokenizer import (END, FILE, bpe_encoding, count_pretokens, gpt2_encoding,
                                 load_encoding, save_tokens, train_bpe)
 
-# Counted up when the files in the cache change their meaning.
+# Increased when the format of the files in the cache changes.
 FORMAT = 2
 # The vocabulary needs room for 256 bytes, END and MASK, and ids are uint16.
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 260, 65_536
 SMALLEST_FOR_GPT2 = 50_258
 LARGEST_GPT2_ID = 50_256
-# Tokens that are copied and checked at a time.
+# How many tokens are copied and checked at a time.
 BLOCK = 2 ** 22
-# Documents that are tokenized at a time, with all cores.
+# How many documents are tokenized at a time, on all cores.
 DOCUMENTS_AT_ONCE = 256
 INFO = "info.json"
 FILES = (FILE, "train.bin", "val.bin")
 LARGEST_INFO = 1_000_000  # bytes
-# Files beyond this many bytes are not checked at every start.
+# Files larger than this many bytes are not checked at every start.
 LARGE = 100_000_000
 
 
@@ -47,7 +47,7 @@ def cache_root(cache=None):
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanomaml"
     except RuntimeError:
-        raise UserError("there is no home folder for the cache: name one with --cache") from None
+        raise UserError("there is no home folder for the cache: choose one with --cache") from None
 
 
 def is_prepared(folder):
@@ -59,18 +59,18 @@ def find_source(paths, tokenizer, vocab_size):
     this disk, or {"train": files, "val": files} of GPT-2 ids. Raises UserError."""
     found = [token_files(path) for path in paths]
     if any(found) and len(paths) > 1:
-        raise UserError("token files are taken one path at a time")
+        raise UserError("token files cannot be combined with other paths: give one path")
     tokenizer = "gpt2" if any(found) else tokenizer
     smallest = SMALLEST_FOR_GPT2 if tokenizer == "gpt2" else SMALLEST_VOCABULARY
     if not smallest <= vocab_size <= LARGEST_VOCABULARY:
-        raise UserError(f"--vocab-size {vocab_size} is outside {SMALLEST_VOCABULARY} (the bytes "
-                        f"and the special tokens; {SMALLEST_FOR_GPT2} for GPT-2's ids) to "
+        raise UserError(f"--vocab-size {vocab_size} is not between {SMALLEST_VOCABULARY} (bytes "
+                        f"and special tokens; {SMALLEST_FOR_GPT2} for GPT-2's ids) and "
                         f"{LARGEST_VOCABULARY} (ids are uint16)")
     return (found[0] if any(found) else text_files(paths)), tokenizer
 
 
 def made_from(source):
-    """What a prepared text depends on: the files' names, sizes and times, or versions."""
+    """What a prepared text depends on: names, sizes and times of files, or versions of packages."""
     if isinstance(source, dict):
         files = source["train"] + source["val"]
     else:
@@ -84,8 +84,8 @@ def made_from(source):
 
 
 def prepared_folder(data, tokenizer, vocab_size, cache, quiet):
-    """The folder in the cache with the prepared text of --data; made if it is not there. Raises
-    UserError."""
+    """The folder in the cache with the prepared text of --data. It is made if it does not exist.
+    Raises UserError."""
     source, tokenizer = find_source([data] if data else [], tokenizer, vocab_size)
     key = json.dumps([FORMAT, tokenizer, vocab_size, made_from(source)])
     folder = cache_root(cache) / digest(key).hex()[:16]
@@ -96,17 +96,17 @@ def prepared_folder(data, tokenizer, vocab_size, cache, quiet):
         except OSError as error:
             if error.errno not in BAD_PATH:
                 raise
-            raise UserError(f"cannot write to {folder.parent}: {error.strerror} "
-                            "(--cache DIR takes another folder)") from None
+            raise UserError(f"cannot write to {folder.parent} ({error.strerror}): "
+                            "choose another folder with --cache") from None
     return folder
 
 
 def prepare(folder, source, tokenizer, vocab_size, quiet, name=None, wait=False):
-    """Prepare a source, as find_source gives it, in the new folder `folder`; with `wait`, another
-    process may make the same one. Raises UserError."""
+    """Prepare a source from find_source in the new folder `folder`. With `wait`, another process
+    may be making the same one. Raises UserError."""
     if isinstance(source, dict):
         for ids in source["train"] + source["val"]:
-            read_ids(ids)  # headers and sizes first, before anything is fetched or copied
+            read_ids(ids)  # checks headers and sizes before anything is fetched or copied
     with new_folder(folder, wait) as temporary:
         if temporary:
             info = write_prepared(temporary, source, tokenizer, vocab_size, quiet)
@@ -116,7 +116,7 @@ def prepare(folder, source, tokenizer, vocab_size, quiet, name=None, wait=False)
 
 
 def checked(path):
-    """The SHA-256 of a file and the time of its last change, by which open_prepared knows it."""
+    """The SHA-256 of a file and the time of its last change, which open_prepared compares."""
     sha = hashlib.sha256()
     with open_regular(path) as file, tqdm(
             total=path.stat().st_size, desc=f"checking {path.name}", unit="B", unit_scale=True,
@@ -128,9 +128,9 @@ def checked(path):
 
 
 def write_prepared(folder, source, tokenizer, vocab_size, quiet):
-    """Write the tokenizer and the token files; returns the counts for info.json."""
+    """Write the tokenizer and the token files. Returns the counts for info.json."""
     if isinstance(source, dict):
-        gpt2_encoding()  # now, since the run will need it
+        gpt2_encoding()  # if it cannot be fetched, fail now
         save_tokens([], folder)
         return copy_ids(folder, source, quiet)
     docs = [] if source else installed_docs(quiet)
@@ -145,7 +145,7 @@ def write_prepared(folder, source, tokenizer, vocab_size, quiet):
 
 
 def read_source(files, docs, description, quiet):
-    """An iterator over (name, text) of text files or, without any, of docs, a list of pairs."""
+    """An iterator over the (name, text) pairs of text files or, if there are none, of docs."""
     if files:
         return documents(files, description, quiet)
     return tqdm(docs, desc=description, unit="document", disable=True if quiet else None)
@@ -182,13 +182,13 @@ def write_tokens(folder, stream, encoding):
                 info["bytes"] += len(text.encode("utf-8", "replace"))
                 info["tokens"][in_val] += len(ids) + 1
     if not info["documents"]:
-        raise UserError("the text is empty: there is nothing to learn from")
+        raise UserError("the text is empty: name files that hold text")
     return info | {"sha256": sha.hexdigest()}
 
 
 def copy_ids(folder, shards, quiet):
-    """Check files of GPT-2 ids and copy them to train.bin and val.bin. Without validation files
-    the last tenth of each file serves. Returns the counts and the SHA-256."""
+    """Check files of GPT-2 ids and copy them to train.bin and val.bin. Without validation files,
+    the last tenth of each file goes to val.bin. Returns the counts and the SHA-256."""
     sha = hashlib.sha256()
     counts = {"train": 0, "val": 0}
     files = [("train", file) for file in shards["train"]]
@@ -219,21 +219,22 @@ def copy_ids(folder, shards, quiet):
 
 def check_gpt2_ids(block, file, start):
     """Raise UserError unless block (n,), which begins at id number start of file, can be GPT-2
-    ids. In a file of 32-bit numbers every second one would be 0."""
+    ids. Read as uint16, every second value of 32-bit ids would be 0."""
     looks_like_32_bits = len(block) > 8 and not block[1::2].any()
     if block.max() > LARGEST_GPT2_ID or looks_like_32_bits:
         raise UserError(f"{file} does not hold uint16 GPT-2 ids (0 to {LARGEST_GPT2_ID}) near id "
-                        f"number {start}: other ids, or 32 bits each")
+                        f"number {start}: use GPT-2's tokenizer and 16 bits per id")
 
 
 def open_prepared(folder, vocab_size, check_all=False):
     """(info, encoding, train, val) of a prepared folder; train and val are uint16 memory maps.
-    Raises UserError if its files are not what its info.json says.
+    Raises UserError if its files do not match its info.json.
 
-    A large file is read through only if it has changed since it was written, or with check_all."""
+    A large file is checked in full only if it has changed since it was written, or with
+    check_all."""
     path = folder / INFO
-    damaged = UserError(f"the prepared text in {folder} is not whole: prepare it again (remove it "
-                        "if it lies in the cache, and it is made again)")
+    damaged = UserError(f"the prepared text in {folder} is incomplete or damaged: prepare it again "
+                        "(in the cache, just remove it)")
     if not all((folder / name).exists() for name in (INFO, *FILES)):
         raise damaged
     info = parse_json(read_file(path, LARGEST_INFO), path,
@@ -249,17 +250,18 @@ def open_prepared(folder, vocab_size, check_all=False):
         raise damaged
     encoding = load_encoding(folder)
     if encoding.n_vocab > vocab_size:
-        raise UserError(f"{folder} was prepared with {encoding.n_vocab} tokens: --vocab-size "
-                        f"{vocab_size} is too small; give at least that many, or prepare the "
-                        "text again (python data.py PATH --out FOLDER --vocab-size N)")
-    # A stranger's files may go with their info.json and not with their tokenizer.
+        raise UserError(f"{folder} was prepared with a vocabulary of {encoding.n_vocab}: "
+                        f"--vocab-size {vocab_size} is too small; use at least "
+                        f"{encoding.n_vocab}, or prepare the text again "
+                        "(python data.py PATH --out FOLDER --vocab-size N)")
+    # Files from elsewhere may match their info.json but not their tokenizer.
     if files is None or check_all or train.nbytes <= LARGE:
         check_ids(folder, encoding, train, val)
     return info, encoding, train, val
 
 
 def is_intact(folder, files, check_all):
-    """Whether the files in a folder are those that `checked` has seen."""
+    """Whether the files in a folder still match what `checked` recorded."""
     for name in FILES:
         stat = (folder / name).stat()
         record = files.get(name) if isinstance(files, dict) else None
@@ -275,7 +277,7 @@ def is_intact(folder, files, check_all):
 def map_tokens(path):
     """The uint16 ids (n,) in a file, as a memory map."""
     with open_regular(path) as file:
-        if path.stat().st_size == 0:  # which cannot be mapped
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=np.uint16)
         return np.memmap(file, dtype=np.uint16, mode="r")
 
@@ -287,7 +289,7 @@ def blocks(tokens):
 
 
 def check_ids(folder, encoding, *parts):
-    """Raise UserError if a token is not one of the encoding; reads all of the parts, (n,) each."""
+    """Raise UserError if the encoding lacks a token. Reads all of the parts, (n,) each."""
     for tokens in parts:
         for block in blocks(tokens):
             if block.max() >= encoding.n_vocab:

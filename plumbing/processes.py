@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun starts them. One process needs none of it.
+"""Training one model with several processes, started by torchrun. One process needs none of this.
 
 torchrun tells each process its number in environment variables. Micro-batches are numbered over
 all processes, so that any number of processes computes the same update.
@@ -17,11 +17,11 @@ from plumbing.machine import check_driver, pick_device
 
 
 def from_environment(name, default, below=2 ** 31):
-    """A whole number in an environment variable. Ends the process if it is something else."""
+    """A whole number in an environment variable. Ends the process if it is anything else."""
     text = os.environ.get(name, default)
     if not (text.isdecimal() and len(text) < 11 and int(text) < below):
-        print(f"error: the environment variable {name} is {text[:40]!r}, no number that torchrun "
-              f"sets: unset it (unset {name})", file=sys.stderr)
+        print(f"error: the environment variable {name} is {text[:40]!r}, not a number that "
+              f"torchrun sets: remove it (unset {name})", file=sys.stderr)
         sys.exit(2)
     return int(text)
 
@@ -37,16 +37,16 @@ def is_first():
 
 
 def start(device_name):
-    """The device of this process, after it has met the others. With GPUs, each process takes its
-    own. Raises UserError."""
+    """Connect to the other processes. Returns the device of this one. With GPUs, each process takes
+    its own. Raises UserError."""
     if COUNT == 1:
         return pick_device(device_name)
     if device_name is None:
         check_driver()
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
     if device_name.startswith("cuda:"):
-        raise UserError(f"--device {device_name} is one GPU for {COUNT} processes: with --device "
-                        "cuda each takes its own")
+        raise UserError(f"--device {device_name} is one GPU for {COUNT} processes: use --device "
+                        "cuda, and each takes its own")
     if device_name == "cuda":
         device_name = f"cuda:{own_gpu()}"
     device = pick_device(device_name)
@@ -54,27 +54,27 @@ def start(device_name):
     try:
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     except ValueError as error:
-        raise UserError(f"cannot meet the other processes ({error}): start them with "
+        raise UserError(f"cannot connect to the other processes ({error}): start them with "
                         "torchrun") from None
     return device
 
 
 def own_gpu():
-    """The number of the GPU for this process. Where something like SLURM shows each process one
-    GPU alone, its number is 0."""
+    """The number of the GPU for this process. If a scheduler such as SLURM shows each process only
+    one GPU, its number is 0."""
     shown_one = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
     return 0 if shown_one else LOCAL_RANK
 
 
 @contextlib.contextmanager
 def left_in_the_end():
-    """Leave the other processes when the block ends, however it ends."""
+    """Disconnect from the other processes when the block ends, however it ends."""
     try:
         yield
     except RuntimeError as error:
         if is_first():
             raise
-        # Most often because another process has ended, which prints its own message.
+        # Usually because another process has ended, which prints its own message.
         reason = str(error).partition("\n")[0][:80]
         raise Failure(f"process {RANK} stopped: {reason}") from error
     finally:
@@ -85,7 +85,7 @@ def left_in_the_end():
 @contextlib.contextmanager
 def first_on_machine_goes_first():
     """The first process of each machine runs the block before the others do, so that they find
-    what it has put into the cache."""
+    its results in the cache."""
     if COUNT > 1 and LOCAL_RANK > 0:
         dist.barrier()
     yield
@@ -94,13 +94,13 @@ def first_on_machine_goes_first():
 
 
 def my_share(micro_batches):
-    """The numbers of this process's micro-batches, of 0 to micro_batches - 1."""
+    """The numbers of this process's micro-batches, out of 0 to micro_batches - 1."""
     share = micro_batches // COUNT
     return range(RANK * share, (RANK + 1) * share)
 
 
 def sum_over_processes(parameters, figures):
-    """Replace the gradients of parameters, and figures (a dict of scalar tensors), by their sums
+    """Replace the gradients of parameters, and figures (a dict of scalar tensors), with their sums
     over all processes, in one all-reduce of one flat tensor.
 
     DistributedDataParallel would not see what functional_call computes."""
@@ -117,7 +117,7 @@ def sum_over_processes(parameters, figures):
 
 
 def any_of(flag, device):
-    """Whether flag is true in any process. All of them must ask together."""
+    """Whether flag is true in any process. All of them must call this together."""
     if COUNT == 1:
         return flag
     total = torch.tensor(float(flag), device=device)

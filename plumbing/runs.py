@@ -1,7 +1,7 @@
-"""A run's folder while it is trained: opening or resuming it, its log, its checkpoints.
+"""The folder of a run during training: opening or resuming it, its log, its checkpoints.
 
     config.json    every flag, and what was trained on
-    metrics.jsonl  the log, a JSON object a line
+    metrics.jsonl  the log, one JSON object per line
     ckpt.pt        the newest checkpoint; ckpt-previous.pt is the one before
 """
 import contextlib
@@ -24,28 +24,28 @@ from plumbing.files import (append, holds_files, locked, open_to_append, read_fi
 from plumbing.logs import LARGEST_FIGURE, read_metrics, read_settings
 from plumbing.summary import status
 
-# These flags may differ when a run is resumed. The tokenizer is known once the text is, whose
-# SHA-256 must be the same.
+# These flags may change when a run is resumed. The tokenizer depends on the text, whose SHA-256
+# must be the same.
 FREE_FLAGS = {"runs", "name", "resume", "device", "quiet", "cache", "steps", "tokenizer"}
-# Updates between two looks at the losses. On a GPU a look waits for the device.
+# Losses are read once in this many updates. On a GPU, reading them waits for the device.
 FLUSH_EVERY = 10
-# After this many updates in a row whose loss or gradient is not finite, a run is given up.
+# A run stops after this many updates in a row whose loss or gradient is not finite.
 PATIENCE = 10
-# The status line is made of the last lines of the log.
+# The status line is computed from this many lines at the end of the log.
 STATUS_LINES = 1000
 LOG = "metrics.jsonl"
 
 
 class Diverged(Failure):
-    """Training cannot go on. The message says what to try."""
+    """Training cannot continue. The message says what to try."""
 
 
 # ---- opening -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def open_run(args):
-    """The Run of these flags (argparse's namespace): a new one, or one that has a checkpoint to
-    go on from. Nothing is written before Run.begin. Raises UserError if the run's folder cannot
+    """The Run for these flags (argparse's namespace): a new one, or one that continues from its
+    checkpoint. Nothing is written before Run.begin. Raises UserError if the run's folder cannot
     be used."""
     folder = Path(args.runs) / args.name
     is_new = not (folder / "config.json").exists()
@@ -63,8 +63,8 @@ def open_run(args):
             yield run
         except (OSError, KeyboardInterrupt) as error:
             if run.log_file is None or isinstance(error, BrokenPipeError):
-                raise  # nothing was written yet, or nobody reads what is printed
-            advice = "What was saved before is whole; --resume continues it."
+                raise  # nothing was written yet, or the reader of the output has gone
+            advice = "What was saved before is intact: add --resume to continue."
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(advice) from None
             raise Failure(f"error: {in_words(error)}. {advice}") from error
@@ -82,14 +82,14 @@ def check_flags(folder, args):
             name = "--" + flag.replace("_", "-")
             changes.append(f"{name} {str(old.get(flag))[:40]} there, {value} now")
     if changes:
-        raise UserError(f"{folder} holds another configuration ({', '.join(changes)}): give the "
-                        "flags it was made with, or choose another --name")
+        raise UserError(f"{folder} holds a run with other flags ({', '.join(changes)}): give the "
+                        "same flags, or choose another --name")
 
 
 # ---- training ----------------------------------------------------------------------------------
 
 class Run:
-    """One run, with what its updates have cost so far.
+    """One run, and what its updates have cost so far.
 
     step      updates done
     lm_steps  next-token updates among them
@@ -104,7 +104,7 @@ class Run:
         self.seconds = 0.0
         self.skipped_in_a_row = 0
         self.lines, self.notes = [], []
-        self.waiting = []        # log lines of updates that hold tensors still
+        self.waiting = []        # log lines of updates that still hold tensors
         self.started = None      # the clock: when the first of these began
         self.ends = []           # when each of them ended, as far as the host knows
         self.checkpoint = None   # until `begin` has loaded it
@@ -114,7 +114,7 @@ class Run:
         self.old_handlers = {}
 
     def close(self):
-        """Let go of the folder, so that a notebook can train in it again."""
+        """Close the log, so that a notebook can train in the folder again."""
         self.bar.close()
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
@@ -122,37 +122,37 @@ class Run:
             self.log_file.close()
 
     def find_checkpoint(self):
-        """Read the checkpoint to go on from; there is none if the run was stopped before its
-        first. Raises UserError."""
+        """Read the checkpoint to continue from. There is none if the run stopped before its first.
+        Raises UserError."""
         self.lines, self.notes = read_metrics(self.folder / LOG)
         if not any(self.folder.glob("ckpt*.pt")):
             if any("kind" in line for line in self.lines):
-                raise UserError(f"the checkpoints of {self.folder} are gone, and it cannot be "
+                raise UserError(f"the checkpoints of {self.folder} are gone, so it cannot be "
                                 "continued: choose another --name")
             return
         self.checkpoint = load_checkpoint(self.folder, set_aside=processes.is_first())
         step = self.checkpoint["step"]
         logged = max((line["step"] for line in self.lines), default=-1)
         if not 0 <= step <= logged:
-            raise UserError(f"the checkpoint in {self.folder} is of update {step}, and its log "
+            raise UserError(f"the checkpoint in {self.folder} is from update {step}, but its log "
                             f"ends at update {logged}: choose another --name")
         if step < self.args.steps and not self.args.resume:
-            raise UserError(f"{self.folder} has stopped at update {step} of {self.args.steps}: "
+            raise UserError(f"{self.folder} stopped at update {step} of {self.args.steps}: "
                             "add --resume to continue, or choose another --name")
         self.step = step
 
     def say_finished(self):
-        """Say what can be done with a run that has no update to do; returns the exit code."""
+        """Say what can be done with a run that is finished. Returns the exit code."""
         if processes.is_first():
-            print(f"{self.folder} is finished ({self.step} updates). Look: python probe.py "
-                  f"{self.folder}; go on: --resume with more --steps; start over: --name NAME")
+            print(f"{self.folder} is finished ({self.step} updates). See it: python probe.py "
+                  f"{self.folder}; continue: --resume with more --steps; start over: --name NAME")
         return 0
 
     def begin(self, settings, prepared_text, decoder, meta_head, optimizer):
-        """Load the checkpoint, if the run goes on from one, and only then begin to write.
+        """Load the checkpoint, if there is one, and only then start to write.
 
-        settings is the future config.json, prepared_text the folder of the tokenizer. Raises
-        UserError if they, or the models, are not those that the run was made with."""
+        settings is the content of config.json, prepared_text the folder with the tokenizer. Raises
+        UserError if they, or the models, differ from those that the run was made with."""
         config = self.folder / "config.json"
         if config.exists():
             if read_settings(self.folder).get("corpus_sha256") != settings["corpus_sha256"]:
@@ -160,17 +160,17 @@ class Run:
                                 "SHA-256 differs): choose another --name")
         if not processes.all_agree((settings["corpus_sha256"], self.step)):
             raise UserError("the processes have different texts or checkpoints: put --runs "
-                            f"{self.args.runs} and --data where all machines see them")
+                            f"{self.args.runs} and --data where all machines can read them")
         if self.checkpoint:
             self.restore(decoder, meta_head, optimizer)
         if processes.is_first():
             tokens = read_file(prepared_text / tokenizer.FILE)
             settings["tokenizer_sha256"] = tokenizer.sha256(tokens)
-            # config.json comes first: a folder without it is no run of ours.
+            # config.json comes first: a folder without it is not a run.
             write_atomically(config, json.dumps(settings, indent=1))
             write_atomically(self.folder / tokenizer.FILE, tokens)
             self.open_log()
-        self.checkpoint = None  # its memory is free again
+        self.checkpoint = None  # frees its memory
         self.settings = settings
         hidden = self.args.quiet or not processes.is_first()
         self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.args.name,
@@ -185,7 +185,7 @@ class Run:
             decoder.load_state_dict(state["model"])
             if meta_head is not None:
                 meta_head.load_state_dict(state["head"])
-            # The flags say what the optimizer does. The checkpoint brings its moments.
+            # The flags set the optimizer's options. The checkpoint provides its moments.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state["optimizer"]["state"],
                                        "param_groups": groups})
@@ -205,14 +205,14 @@ class Run:
                             "choose another --name") from None
 
     def open_log(self):
-        """Open metrics.jsonl to append, without what came after the checkpoint, and without what
-        cannot be read; then a copy of all of it is kept."""
+        """Open metrics.jsonl for appending. Lines after the checkpoint are removed. So are lines
+        that cannot be read; then a copy of the whole file is kept."""
         path = self.folder / LOG
         if self.notes:
             copies = (path.with_name(f"metrics-damaged-{i}.jsonl") for i in itertools.count(1))
             copy = next(copy for copy in copies if not copy.exists())
             write_atomically(copy, read_file(path))
-            print(f"note: {self.notes[0]}; {copy} keeps all of it", file=sys.stderr)
+            print(f"note: {self.notes[0]}; {copy} is a full copy", file=sys.stderr)
         last = self.step if self.checkpoint else -1
         self.lines = [line for line in self.lines if line["step"] <= last]
         write_atomically(path, "".join(map(json_line, self.lines)))
@@ -235,13 +235,13 @@ class Run:
                 "seconds": self.seconds}
 
     def lacks(self, figure):
-        """Whether this process has still to log a figure, such as "val_loss", at this step."""
+        """Whether this process must still log a figure, such as "val_loss", at this step."""
         same_step = [line for line in self.lines[-3:] if line["step"] == self.step]
         return processes.is_first() and not any(figure in line for line in same_step)
 
     def log(self, figures):
         """Log the figures of a probe or an evaluation at this step. Raises Diverged if the
-        validation loss is not finite, so that such weights are not saved over good ones."""
+        validation loss is not finite, so that such weights never replace good ones."""
         self.write([self.costs() | figures])
         if "val_loss" not in figures:
             return
@@ -275,8 +275,8 @@ class Run:
             self.flush()
 
     def flush(self):
-        """Stop the clock and log the updates that wait. Here, and only here, the host waits for
-        the device. Raises Diverged after PATIENCE updates in a row that were not finite."""
+        """Stop the clock and log the waiting updates. Only here does the host wait for the device.
+        Raises Diverged after PATIENCE updates in a row that were not finite."""
         if not self.waiting:
             return
         for line in self.waiting:
@@ -303,10 +303,10 @@ class Run:
                            f"row, up to update {self.step}" + self.advice())
 
     def add_times(self, elapsed):
-        """Add its time and its rate to each line that waits; `elapsed` is the time of all.
+        """Add its time and its rate to each waiting line. `elapsed` is the total time.
 
-        On a GPU the host runs ahead of the device. So the time from one end to the next is only an
-        update's share of the time of all."""
+        On a GPU the host runs ahead of the device. So the time from one end to the next gives only
+        an update's share of the total."""
         stretch = elapsed / (self.ends[-1] - self.started)
         start, tokens = self.started, self.tokens_at_start
         for line, end in zip(self.waiting, self.ends):
@@ -321,7 +321,7 @@ class Run:
             append(self.log_file, "".join(map(json_line, lines)).encode())
 
     def advice(self):
-        return (f": stopped; {self.folder / 'ckpt.pt'} is from before. Try a lower --lr (it is "
+        return (f": stopped; {self.folder / 'ckpt.pt'} is from before. Try a lower --lr (now "
                 f"{self.args.lr:g}), a lower --inner-lr, or a longer --warmup, with another "
                 "--name")
 
@@ -334,16 +334,16 @@ class Run:
         signal.signal(number, at_once)
 
     def asked_to_stop(self, device):
-        """Whether a signal has reached any process. Several processes ask each other only when
-        all updates are in the log, since each question makes them wait."""
+        """Whether any process has received a signal. Several processes ask each other only when
+        all updates are in the log, since asking makes them wait."""
         if processes.COUNT > 1 and self.waiting:
             return False
         return processes.any_of(self.stop_signal is not None, device)
 
     def stopped(self):
-        """Say how to go on; returns the exit code of a stopped run."""
+        """Say how to continue. Returns the exit code of a stopped run."""
         if processes.is_first():
-            print(f"stopped after {self.step} of {self.args.steps} updates, saved; "
+            print(f"stopped after {self.step} of {self.args.steps} updates, and saved; "
                   "to continue: the same command with --resume", file=sys.stderr)
         return 128 + (self.stop_signal or signal.SIGTERM)
 

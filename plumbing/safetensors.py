@@ -1,8 +1,8 @@
-"""The safetensors format: named tensors in one file, and nothing in it that could be run.
+"""The safetensors format: named tensors in one file, without any code that could be run.
 
-A file is the length of its header (8 bytes), the header (JSON: the type, the shape and the place of
-each tensor), and the bytes of the tensors, little-endian. A file may come from a stranger. So the
-header is checked against the size of the file before a byte of a tensor is read.
+A file holds the length of its header (8 bytes), the header (JSON: type, shape and position of each
+tensor), and the bytes of the tensors, little-endian. A file may come from anyone, so the header is
+checked against the size of the file before a byte of a tensor is read.
 """
 import json
 import math
@@ -18,13 +18,13 @@ from plumbing.commands import UserError
 from plumbing.files import open_regular, read_json, replacing
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# A thousand layers have a header of 1 MB. What JSON makes of a larger one may fill the memory.
+# A thousand layers need a header of 1 MB. Parsing a much larger one could fill the memory.
 LARGEST_HEADER = 4_000_000
 MOST_DIMENSIONS = 8
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies: bytes start to end of a file."""
+    """Where a tensor is stored: bytes start to end of a file."""
     path: Path
     dtype: torch.dtype
     shape: tuple
@@ -33,7 +33,7 @@ class Stored(NamedTuple):
 
 
 def find_tensors(folder):
-    """{name: Stored} of a model folder: of model.safetensors, or of the files that
+    """{name: Stored} of a model folder, from model.safetensors or from the files that
     model.safetensors.index.json names. Reads no tensor. Raises UserError."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
@@ -47,7 +47,7 @@ def find_tensors(folder):
         tensors |= read_header(folder / file)
     found = {name: stored.path.name for name, stored in tensors.items()}
     if found != files:
-        raise UserError(f"the tensors that {index} names are not those in its files: get the "
+        raise UserError(f"the tensors that {index} names are not those in its files: download the "
                         "folder again")
     return tensors
 
@@ -62,21 +62,21 @@ def read_header(path):
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(LARGEST_HEADER, size - 8):
-                raise ValueError(f"its header of {length} bytes is too long for it")
+                raise ValueError(f"its header of {length} bytes is too long")
             header = json.loads(file.read(length).decode())
         if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
+            raise ValueError("its header is not a JSON object")
         tensors = {name: parse_entry(path, 8 + length, size, name, entry)
                    for name, entry in header.items() if name != "__metadata__"}
         check_places(tensors, 8 + length, size)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged or no safetensors file: {reason}") from None
+        raise UserError(f"{path} is damaged or not a safetensors file: {reason}") from None
     return tensors
 
 
 def parse_entry(path, body, size, name, entry):
-    """The Stored of an entry of the header; the tensors lie in bytes `body` to `size` of the file.
+    """The Stored for an entry of the header. The tensors are in bytes `body` to `size` of the file.
     Raises ValueError."""
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -3,14 +3,14 @@ import math
 
 import numpy as np
 
-# The 97.5 % quantiles of Student's t with 1, 2, ... 9 degrees of freedom; the last is a safe
+# The 97.5 % quantiles of Student's t with 1, 2, ... 9 degrees of freedom. The last is a safe
 # choice for more.
 STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
 def mean_and_spread(values):
     """{"mean", "sd"} over the first dimension of values, numbers or lists of numbers. sd is the
-    sample's, None for a single value. What is not known (NaN) becomes None."""
+    sample standard deviation, None for a single value. NaN becomes None."""
     values = np.array(values, dtype=float)
     spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
     return {"mean": without_nan(values.mean(axis=0)), "sd": without_nan(spread)}
@@ -36,8 +36,8 @@ def in_words(entry, form):
 def interval(values, draws):
     """(mean, low, high), a 95 % interval for the mean difference of n pairs of runs, values (n,).
 
-    By Student's t, since pretraining seeds differ more than anything else. For a single pair, by
-    bootstrap draws (R,) of its difference, which know nothing of other seeds."""
+    It uses Student's t, since pretraining seeds differ more than anything else. For a single pair
+    it uses bootstrap draws (R,) of its difference, which do not cover other seeds."""
     if len(values) == 1:
         return values[0], *np.percentile(draws, [2.5, 97.5])
     t = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
@@ -46,13 +46,13 @@ def interval(values, draws):
 
 
 def bootstrap(first, second, f1_of, resamples=1000):
-    """(resamples,) of F1, mean over seeds, of a second tagger minus a first, from their counts
-    (seeds, S, 3) of each sentence; f1_of turns counts (..., 3) into F1 (...).
+    """(resamples,) differences of F1, mean over seeds, a second tagger minus a first, from their
+    counts (seeds, S, 3) for each sentence. f1_of turns counts (..., 3) into F1 (...).
 
     Sentences and seeds are drawn with replacement, the same for both (Koehn 2004)."""
     seeds, n, _ = first.shape
     rng = np.random.default_rng(0)
-    # The seeds are drawn first, and so they are the same for all test treebanks.
+    # The seeds are drawn first, so they are the same for all test treebanks.
     drawn = rng.integers(seeds, size=(resamples, seeds))
     # (resamples, S): how often each sentence is drawn
     times = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)

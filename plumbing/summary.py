@@ -1,10 +1,10 @@
-"""What a run came to: the status line while it goes on, and the report at its end."""
+"""The status line of a run during training, and the report at its end."""
 import math
 
 from plumbing.fewshot import FEWEST_WAYS
 from plumbing.play import N_WAY
 
-# The status line has means over this many updates of a kind.
+# The status line averages over this many updates of a kind.
 RECENT = 50
 # key in the log -> what it measures, key of its standard error
 ACCURACIES = {
@@ -15,9 +15,9 @@ ACCURACIES = {
 
 
 def status(lines):
-    """The state of a run on one line, from the last lines of its log: the newest losses, and means
-    over recent updates of one kind: the query accuracy of meta updates, and the tokens per second
-    of next-token updates."""
+    """The state of a run on one line, from the last lines of its log. It has the newest losses, the
+    mean query accuracy of recent meta updates, and the mean tokens per second of recent next-token
+    updates."""
     recent = {"lm": [], "meta": [], "evaluation": []}
     skipped = None
     for line in lines:
@@ -43,14 +43,14 @@ def status(lines):
 
 
 def recent_mean(lines, key):
-    """The mean over the last RECENT lines, as far as they have the key; None of no line."""
+    """The mean over those of the last RECENT lines that have the key; None if there are none."""
     values = [line[key] for line in lines[-RECENT:] if line.get(key) is not None]
     return sum(values) / len(values) if values else None
 
 
 def summary(folder, lines, settings, sample, memory, question=None):
-    """The report at the end of a run: what was reached, what it cost, a sample of its text, what
-    was found, and what to look at next. question is what meta.one_question gives."""
+    """The report at the end of a run: its losses and accuracies, its cost, a sample of its text,
+    the findings, and what to look at next. question is the result of meta.one_question."""
     evaluations = [line for line in lines if "val_loss" in line]
     first, final = evaluations[0], evaluations[-1]
     report = ["", f"validation loss {final['val_loss']:.3f} nats per token "
@@ -79,28 +79,28 @@ def findings(final, settings):
     """Sentences: did the run beat the bigram, and did adapting help?"""
     lead = settings["bigram"] - final["val_loss"]
     if lead > 0:
-        found = [f"The model beats counting: its validation loss is {lead:.2f} nats below that of "
-                 "the bigram."]
+        found = ["The model beats the bigram, which only counts pairs of tokens: its validation "
+                 f"loss is {lead:.2f} nats lower."]
     else:
-        found = [f"The model does not beat counting: its validation loss is {-lead:.2f} nats above "
-                 "that of the bigram."]
+        found = ["The model does not beat the bigram, which only counts pairs of tokens: its "
+                 f"validation loss is {-lead:.2f} nats higher."]
     if "fewshot_after" not in final:
         return found
     before, after = final["fewshot_before"], final["fewshot_after"]
     error = final["fewshot_after_stderr"]
-    # Two standard errors of a difference. The error of `before` is not known, and taken to be as
-    # large as that of `after`.
+    # Two standard errors of a difference. The error of `before` is not known and is assumed to
+    # equal that of `after`.
     noise = 2 * math.sqrt(2) * error
     if after - before > noise:
-        found.append(f"Adapting helps: it takes the meta head from {before:.1%} to {after:.1%} of "
-                     "the queries.")
+        found.append(f"Adapting helps: the meta head answers {before:.1%} of the queries correctly "
+                     f"before it and {after:.1%} after it.")
     elif before - after > noise:
-        found.append(f"Adapting does harm: it takes the meta head from {before:.1%} to "
-                     f"{after:.1%} of the queries.")
+        found.append(f"Adapting hurts: the meta head answers {before:.1%} of the queries correctly "
+                     f"before it and {after:.1%} after it.")
     else:
         found.append(f"Adapting makes no difference beyond noise: the meta head answers "
-                     f"{before:.1%} of the queries before it and {after:.1%} after it, with a "
-                     f"standard error of {error:.1%}.")
+                     f"{before:.1%} of the queries correctly before it and {after:.1%} after it, "
+                     f"with a standard error of {error:.1%}.")
     return found
 
 
@@ -123,17 +123,17 @@ def fewshot_report(first, final, settings):
     lines = [f"few-shot accuracy on held-out words, {ways}-way {settings['k_shot']}-shot, chance "
              f"{final['fewshot_chance']:.1%}:"]
     if ways < settings["n_way"]:  # see fewshot_episodes
-        lines.append(f"  (not {settings['n_way']}-way: only {ways} held-out words stand often "
+        lines.append(f"  (not {settings['n_way']}-way: only {ways} held-out words occur often "
                      "enough in the validation text)")
     for key, (name, error) in ACCURACIES.items():
         if key in final:
             spread = f" +- {final[error]:.1%}" if error else ""
             row = f"  {name:<26} {final[key]:6.1%}{spread}"
-            if first.get(key) is not None:  # as it is in a log that nobody has edited
+            if first.get(key) is not None:  # always so, unless the log was edited
                 row += f"   (untrained {first[key]:.1%})"
             lines.append(row)
     note = "prototypes are scored only where the previous token appears before no support word"
     if "fewshot_after_new" in final:
-        note += f"; there the meta head has {final['fewshot_after_new']:.1%}"
+        note += f"; there the meta head gets {final['fewshot_after_new']:.1%}"
     lines.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   ({note})")
     return lines

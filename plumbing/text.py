@@ -1,8 +1,8 @@
-"""Where text comes from: the documentation on this disk, text files, files of token ids.
+"""Sources of text: the documentation on this disk, text files, files of token ids.
 
 A document is a (name, text) pair. The default corpus needs no download: it is the docstrings of
 the Python standard library and of a few packages, read with `ast` and never imported. Text and
-JSON-lines files are read in a stream that holds one document at a time.
+JSON-lines files are read as a stream, one document at a time.
 """
 import ast
 import codecs
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from plumbing.commands import UserError
 from plumbing.files import open_regular, parse_json
 
-# Read beside the standard library. torch brings the last two.
+# Read in addition to the standard library. torch installs the last two.
 PACKAGES = ["numpy", "torch", "matplotlib", "sympy", "networkx"]
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 
@@ -31,15 +31,15 @@ TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
 TEXT_KINDS = (".txt", *JSON_LINES)
 
-# Long files are cut into documents of this many bytes, and to the end of the line if it is near.
+# Long files are cut into documents of this many bytes, up to the end of the line if it is near.
 PIECE = 16_384
 # The longest line of a JSON-lines file, in bytes.
 LONGEST_LINE = 16_000_000
-# Text is never packed more tightly than this, in bytes for a byte of gzip. What is would take
-# hours to read. The slack is for short files.
+# gzip never compresses text more than this, in bytes of text per byte of gzip. A file beyond that
+# would take hours to read. The slack is for short files.
 TIGHTEST, SLACK = 200, 1_000_000
-# llm.c's token files begin with 256 int32: this number, version 1, the count of ids. uint16 ids
-# follow.
+# llm.c's token files begin with 256 int32 numbers: this one, version 1, the count of ids, ... The
+# uint16 ids follow.
 SHARD_MAGIC = 20240520
 SHARD_HEADER = 1024
 
@@ -50,7 +50,7 @@ def digest(text):
 
 
 def is_validation(name):
-    """A tenth of the documents, chosen by a hash of their name, is kept for validation."""
+    """Whether a document is for validation: a tenth of them, chosen by a hash of their name."""
     return digest(name)[-1] % 10 == 0
 
 
@@ -76,11 +76,10 @@ def source_files():
 def installed_docs(quiet=False):
     """[(name, text)]: the docstrings of each module on this machine that has any.
 
-    A docstring that occurs twice is taken once. Otherwise validation text would be training text
-    by another name."""
+    A docstring that occurs twice is used once. Otherwise validation text could also be training
+    text, under another name."""
     documents, seen = [], set()
-    # Syntax trees are many small objects. The garbage collector's passes over them took a third
-    # of the time.
+    # Syntax trees are many small objects. Garbage collection of them took a third of the time.
     gc.disable()
     try:
         bar = tqdm(source_files(), desc="reading documentation", unit="file",
@@ -99,12 +98,12 @@ def installed_docs(quiet=False):
 
 
 def docstrings(path):
-    """The docstrings of one source file, in order. pydoc_data/topics.py is a table of texts: of
-    it, the long strings."""
+    """The docstrings of one source file, in order. pydoc_data/topics.py is a table of texts: its
+    long strings are returned."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return []  # templates and other versions' syntax, which this Python cannot read
+        return []  # a template, or syntax of another version of Python
     if path.parent.name == "pydoc_data":
         strings = [node.value for node in ast.walk(tree)
                    if isinstance(node, ast.Constant) and isinstance(node.value, str)]
@@ -120,7 +119,7 @@ def docstrings(path):
 
 def text_files(paths):
     """The text files that paths (strings) name: files, and in folders all of TEXT_KINDS, sorted.
-    Links that lead out of a folder are left out. Raises UserError."""
+    Links that lead out of a folder are skipped. Raises UserError."""
     files, outside = [], 0
     for path in map(Path, paths):
         if path.is_file():
@@ -142,7 +141,7 @@ def text_files(paths):
         else:
             raise UserError(f"no such file or folder: {path}")
     if outside:
-        print(f"{outside} links out of the folder are left out", file=sys.stderr)
+        print(f"skipped links that lead out of the folder: {outside}", file=sys.stderr)
     return files
 
 
@@ -166,12 +165,12 @@ def documents(files, description, quiet=False):
 
 
 def plain_text(file, raw):
-    """Yield (name, text) of the pieces of a UTF-8 file, open in binary as raw."""
+    """Yield (name, text) for the pieces of a UTF-8 file, opened in binary mode as raw."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     start, number = 0, 0
     while True:
         block = raw.read(PIECE) + raw.readline(PIECE)
-        # the bytes of a character that the last cut went through
+        # the bytes of a character that the last cut divided
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=not block)
@@ -191,9 +190,9 @@ def plain_text(file, raw):
 
 
 def json_lines(file, raw):
-    """Yield (name, text) of the `text` fields of a JSON-lines file, open in binary as raw and
-    perhaps gzipped. A long text becomes several pieces of one name, so that all of them fall on
-    one side of the split."""
+    """Yield (name, text) for the `text` fields of a JSON-lines file, opened in binary mode as raw
+    and perhaps gzipped. A long text becomes several pieces with the same name, so that all of
+    them fall on one side of the split."""
     stream = gzip.open(raw) if file.name.endswith(".gz") else raw
     number = 0
     while line := stream.readline(LONGEST_LINE + 1):
@@ -202,7 +201,7 @@ def json_lines(file, raw):
         if len(line) > LONGEST_LINE:
             raise UserError(f"{place}: longer than {LONGEST_LINE:,} bytes")
         if stream.tell() > TIGHTEST * raw.tell() + SLACK:
-            raise UserError(f"{place}: it unpacks to over {TIGHTEST} times its size, and is no "
+            raise UserError(f"{place}: it unpacks to over {TIGHTEST} times its size, so it is not "
                             "text")
         if not line.strip():
             continue
@@ -217,10 +216,10 @@ def json_lines(file, raw):
 # ---- files of token ids ------------------------------------------------------------------------
 
 def token_files(path):
-    """{"train": files, "val": files} where path names files of GPT-2 ids, else {}.
+    """{"train": files, "val": files} if path names files of GPT-2 ids, else {}.
 
-    That is one .bin file, or a folder of them as nanoGPT (train.bin, val.bin) and llm.c (names
-    with _train_ and _val_) make it. Raises UserError."""
+    It may be one .bin file, or a folder of them made by nanoGPT (train.bin, val.bin) or llm.c
+    (names with _train_ and _val_). Raises UserError."""
     path = Path(path)
     if path.is_dir():
         files = sorted(path.glob("*.bin"))
@@ -232,12 +231,12 @@ def token_files(path):
         return {}
     for own in ("meta.pkl", "tokenizer.tiktoken"):
         if (files[0].parent / own).exists():
-            raise UserError(f"{path} has a vocabulary of its own ({own}): only GPT-2 ids can be "
-                            "read, or a whole folder that data.py --out made")
+            raise UserError(f"{path} has its own vocabulary ({own}): give GPT-2 ids, or a whole "
+                            "folder that data.py --out made")
     val = [file for file in files if re.search(r"(^|[_.-])val([_.-]|$)", file.name)]
     train = [file for file in files if file not in val]
     if not train:
-        raise UserError(f"{path} holds token files for validation, but none to train on")
+        raise UserError(f"{path} holds token files for validation, but none to train on: add one")
     return {"train": train, "val": val}
 
 
@@ -248,7 +247,7 @@ def read_ids(file):
         start = raw.read(SHARD_HEADER)
         size = os.fstat(raw.fileno()).st_size
     if start.startswith(b"\x93NUMPY"):
-        raise UserError(f"{file} is an array saved by NumPy: write the bare ids "
+        raise UserError(f"{file} is an array saved by NumPy: write only the ids "
                         "(array.astype('uint16').tofile)")
     header = np.frombuffer(start, dtype="<i4") if size >= SHARD_HEADER else [0]
     offset = 0
@@ -256,10 +255,10 @@ def read_ids(file):
         offset = SHARD_HEADER
         version, count = int(header[1]), int(header[2])
         if version != 1 or size != offset + 2 * count:
-            raise UserError(f"{file} is of version {version} and has {size - offset} bytes of "
-                            f"ids: its header must say version 1, and {count} ids are "
+            raise UserError(f"{file} has version {version} and {size - offset} bytes of ids: its "
+                            f"header must say version 1, and its {count} ids need "
                             f"{2 * count} bytes")
     if size % 2 or size == offset:
-        raise UserError(f"{file} has {size} bytes: uint16 ids take two each, and there must be "
-                        "some")
+        raise UserError(f"{file} has {size} bytes: uint16 ids take two bytes each, and there must "
+                        "be at least one id")
     return np.memmap(file, dtype="<u2", mode="r", offset=offset)

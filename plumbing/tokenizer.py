@@ -1,8 +1,8 @@
-"""What cuts text into tokens: a byte-level BPE learned from the text, or GPT-2's.
+"""Tokenizers: a byte-level BPE learned from the text, or GPT-2's.
 
-Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) begins with the 256 bytes and again
-and again makes the most frequent pair of neighbours a token of its own. The trainer is ours; what
-it learns is wrapped in `tiktoken.Encoding`, which does the encoding.
+Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) starts with the 256 bytes and
+repeatedly turns the most frequent pair of neighbours into a new token. The trainer is written
+here. Its result is wrapped in `tiktoken.Encoding`, which does the encoding.
 """
 import base64
 import hashlib
@@ -10,7 +10,7 @@ import heapq
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import regex  # tiktoken's own dependency: it understands \p{...} as tiktoken does
+import regex  # tiktoken uses it, too, so both read \p{...} in the same way
 import tiktoken
 from tqdm import tqdm
 
@@ -26,9 +26,9 @@ LARGEST = 32_000_000  # bytes of such a file
 
 # The tokenizer learns from this many characters of training text.
 SAMPLE = 64_000_000
-# It keeps counts of this many different pre-tokens. Beyond that, the rarer half is dropped.
+# It counts at most this many different pre-tokens. Beyond that, the rarer half is dropped.
 MOST_PRETOKENS = 2_000_000
-# In bytes; longer pre-tokens are no words.
+# In characters. Longer pre-tokens are not words.
 LONGEST_PRETOKEN = 256
 
 
@@ -51,8 +51,8 @@ def train_bpe(counts, n_merges, quiet=False):
     """The tokens of a byte-level BPE, as bytes in order of rank, from {pre-token: count}.
 
     These are the 256 bytes and then at most n_merges merges, fewer if no pair is left that occurs
-    twice. Pair counts are updated where a merge happened, and a heap with outdated entries finds
-    the next pair."""
+    twice. Pair counts are updated only where a merge happened. A heap, which may hold outdated
+    entries, finds the next pair."""
     words = [list(word.encode()) for word in counts]
     frequency = list(counts.values())
     tokens = [bytes([i]) for i in range(256)]
@@ -87,7 +87,7 @@ def train_bpe(counts, n_merges, quiet=False):
 
 
 def merge_everywhere(words, frequency, words_with, pair, new):
-    """Merge pair into the token `new` in all words that hold it; updates words and words_with.
+    """Merge pair into the token `new` in all words that contain it. Updates words and words_with.
     Returns {pair: change of its count}."""
     change = Counter()
     for i in words_with.pop(pair):
@@ -124,11 +124,11 @@ def bpe_encoding(tokens):
 
 
 def gpt2_encoding():
-    """tiktoken's GPT-2 encoding, with MASK in the padding at id 50257. Raises UserError where it
+    """tiktoken's GPT-2 encoding, with MASK in the padding at id 50257. Raises UserError if it
     cannot be fetched."""
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests has many kinds, and proxies add theirs
+    except Exception as error:  # requests has many kinds of error, and proxies add more
         raise UserError(f"the GPT-2 vocabulary could not be fetched ({type(error).__name__}): "
                         "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use the default "
                         "--tokenizer bpe, which needs no network") from None
@@ -138,19 +138,19 @@ def gpt2_encoding():
 
 def save_tokens(tokens, folder):
     """Write ranked tokens in tiktoken's own format, a line of base64 and rank for each. An empty
-    file stands for GPT-2's vocabulary."""
+    file means GPT-2's vocabulary."""
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
     write_atomically(Path(folder) / FILE, b"".join(lines))
 
 
 def load_encoding(folder):
     """The tiktoken.Encoding of a run or a prepared text, or the ByteLevelEncoding of an imported
-    run. Raises UserError if there is none, or it is not the one that a run was trained with."""
+    run. Raises UserError if there is none, or if the run was trained with another one."""
     folder = Path(folder)
     if (folder / byte_level.FILE).exists():
         return byte_level.read_tokenizer(folder)
     content = read_file(folder / FILE, LARGEST)
-    damaged = UserError(f"the tokenizer in {folder} is damaged")
+    damaged = UserError(f"the tokenizer in {folder} is damaged: restore its {FILE}")
     settings = read_settings(folder) if (folder / "config.json").exists() else {}
     is_lost = settings.get("tokenizer") == "bpe" and not content
     # Runs of earlier versions have no SHA-256.
@@ -163,8 +163,8 @@ def load_encoding(folder):
 
 
 def parse_tokens(content, damaged):
-    """Ranked tokens, a list of bytes, of what save_tokens has written; or raises the error
-    `damaged`."""
+    """The ranked tokens, a list of bytes, that save_tokens has written. Raises the error `damaged`
+    if they are not valid."""
     tokens = []
     try:
         for rank, line in enumerate(content.splitlines()):
@@ -174,8 +174,7 @@ def parse_tokens(content, damaged):
                 raise damaged
     except ValueError:
         raise damaged from None
-    # Without all bytes there is text that cannot be encoded, and with one token twice tiktoken
-    # ends in a panic.
+    # Without all bytes, some text cannot be encoded. If a token occurs twice, tiktoken panics.
     if len(set(tokens)) < len(tokens) or not {bytes([i]) for i in range(256)} <= set(tokens):
         raise damaged
     return tokens

@@ -1,7 +1,7 @@
-"""Universal NER's treebanks: their files, and a made-up one for trials.
+"""Universal NER's treebanks: their files, and an artificial one to try things out.
 
 Sentences are (words, tags) pairs of lists. Universal NER is by Mayhew et al. 2024 (arXiv
-2311.09122); its files are IOB2, a word a line.
+2311.09122). Its files are in the IOB2 format, one word per line.
 """
 import http.client
 import sys
@@ -17,8 +17,7 @@ from plumbing.prepare import cache_root
 
 TYPES = ["PER", "ORG", "LOC"]
 TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
-# name -> repository, of the treebanks of UNER v1 that have training text, and of those that do
-# not
+# name -> repository, for the treebanks of UNER v1 with training text, and for those without
 TRAINED = {
     "da_ddt": "Danish-DDT", "en_ewt": "English-EWT", "hr_set": "Croatian-SET",
     "pt_bosque": "Portuguese-Bosque", "sk_snk": "Slovak-SNK", "sr_set": "Serbian-SET",
@@ -27,14 +26,14 @@ TEST_ONLY = {
     "ceb_gja": "Cebuano-GJA", "tl_trg": "Tagalog-TRG", "tl_ugnayan": "Tagalog-Ugnayan",
     "de_pud": "German-PUD", "en_pud": "English-PUD", "pt_pud": "Portuguese-PUD",
     "ru_pud": "Russian-PUD", "sv_pud": "Swedish-PUD", "zh_pud": "Chinese-PUD"}
-# In bytes; the treebanks have 4 million at most.
+# In bytes. The treebanks have at most 4 million.
 LARGEST_FILE = 32_000_000
 LONGEST_LINE = 10_000
 DOWNLOAD_BLOCK = 2 ** 16
 
 
 class MissingTreebank(UserError):
-    """A treebank is neither on this disk nor to be had from the network."""
+    """A treebank is not on this disk and cannot be downloaded."""
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -43,9 +42,9 @@ def parse_iob2(content, name):
     """[(words, tags)] of the bytes of an IOB2 file. Raises UserError naming the file and line.
 
     The columns are id, word, tag, and any others. As in UNER's own reader, every line with an id
-    is a word, `3-4` and `8.1` too, and tags of the types that UNER dropped become O."""
+    is a word, even `3-4` and `8.1`, and tags of the types that UNER dropped become O."""
     sentences, words, tags = [], [], []
-    # not splitlines(), which knows too many kinds of line end
+    # not splitlines(), which also splits at other characters
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip() and words:
             sentences.append((words, tags))
@@ -70,19 +69,20 @@ def parse_line(line, place):
     is_word = (len(columns) >= 3 and columns[0][:1].isdigit() and columns[1].strip()
                and "\ufffd" not in columns[1])
     if not is_word:
-        raise UserError(f"{place}: not an id, a word and a tag, in UTF-8 with tabs: {line[:60]}")
+        raise UserError(f"{place}: not an id, a word and a tag, separated by tabs, in UTF-8: "
+                        f"{line[:60]}")
     word, tag = columns[1:3]
-    if "OTH" in tag or tag in ("B-O", "_"):  # `_` is UD's word for none
+    if "OTH" in tag or tag in ("B-O", "_"):  # `_` means none in UD
         tag = "O"
     if tag not in TAGS:
-        raise UserError(f"{place}: unknown tag {tag[:20]!r}, known are {', '.join(TAGS)}")
+        raise UserError(f"{place}: unknown tag {tag[:20]!r}, known tags are {', '.join(TAGS)}")
     return word, tag
 
 
 def read_treebank(name, split, folder=None, cache=None, quiet=False):
     """[(words, tags)] of one split (train, dev or test) of a treebank, from folder, or from the
-    cache, or else downloaded into it. Raises MissingTreebank if it is not to be had, and UserError
-    if it cannot be read."""
+    cache, or else downloaded into the cache. Raises MissingTreebank if it cannot be found, and
+    UserError if it cannot be read."""
     if name == "toy":
         return toy_treebank(split)
     file = f"{name}-ud-{split}.iob2"
@@ -104,7 +104,7 @@ def read_treebank(name, split, folder=None, cache=None, quiet=False):
 
 def download(url, path, quiet=False):
     """Fetch an IOB2 file over https and write it to path. Raises OSError, or UserError if it is
-    no treebank."""
+    not a treebank."""
     content = b""
     with urllib.request.urlopen(url, timeout=20) as response, \
             tqdm(desc=path.name, unit="B", unit_scale=True,
@@ -124,8 +124,8 @@ def download(url, path, quiet=False):
 
 def load_treebanks(trains, tests, folder=None, cache=None, quiet=False):
     """{(name, split): sentences} of training and test treebanks. "all" is every training treebank
-    that can be found, one after another. A missing dev file is reported and skipped. Raises as
-    read_treebank does."""
+    that can be found, joined together. A missing dev file is reported and skipped. Raises what
+    read_treebank raises."""
     treebanks = {}
     for name in tests:
         treebanks[name, "test"] = read_treebank(name, "test", folder, cache, quiet)
@@ -139,7 +139,7 @@ def load_treebanks(trains, tests, folder=None, cache=None, quiet=False):
                 except MissingTreebank as error:
                     missing = error
                     if name == "all" or split == "dev":
-                        print(f"{name} ({split}) continues without {error}", file=sys.stderr)
+                        print(f"{name} ({split}) lacks a file: {error}", file=sys.stderr)
             if sentences:
                 treebanks[name, split] = sentences
             elif split == "train":
@@ -147,7 +147,7 @@ def load_treebanks(trains, tests, folder=None, cache=None, quiet=False):
     return treebanks
 
 
-# ---- a made-up treebank ------------------------------------------------------------------------
+# ---- an artificial treebank --------------------------------------------------------------------
 
 PATTERNS = ["Mr PER met Mrs PER in LOC .", "shares in the company ORG fell .",
             "they flew to LOC with Mr PER .", "nobody remembered the weather .",
@@ -158,8 +158,8 @@ TOY_SENTENCES = {"train": 400, "dev": 100, "test": 100}
 
 
 def toy_treebank(split):
-    """Made-up sentences, the same every time. The same names are people, firms and places, and
-    the words before a name tell which."""
+    """Artificial sentences, the same every time. The same names are people, companies and places.
+    The words before a name tell which."""
     rng = np.random.default_rng([0, list(TOY_SENTENCES).index(split)])
     sentences = []
     for _ in range(TOY_SENTENCES[split]):

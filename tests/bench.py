@@ -1,11 +1,11 @@
-"""How fast is a step? Ratios that are measured side by side, in one run, on one machine.
+"""How fast is a training step? Steps are timed side by side in one run, and compared.
 
     python tests/bench.py [--size 11m]   # steps: under two minutes
     python tests/bench.py --grow         # speed and memory by size, context, text: 5 to 10 minutes
 
 The plain twin is the same decoder in float32, with PyTorch's own attention and all logits at
-once. The paper's way is a meta step as its own code performs it: the backbone runs again in every
-inner step, and a head scores the whole vocabulary at every position.
+once. The paper's way is a meta step as the paper's code performs it: the backbone runs again in
+every inner step, and its classifier scores the whole vocabulary at every position.
 """
 import argparse
 import subprocess
@@ -41,8 +41,8 @@ PAPER_ROWS, PAPER_LENGTH, PAPER_LR = 4, 256, 0.01
 PAPER_WAY, PAPER_SHOT = 8, 2
 # Tokens in each of the steps of --grow.
 GROW_TOKENS = 2048
-# The measured matrix products have this many rows and columns; on a GPU, training's precision is
-# measured with larger ones.
+# The measured matrix products have this many rows and columns. On a GPU, larger ones are used for
+# the precision of training.
 PRODUCT, GPU_PRODUCT = 2048, 8192
 
 
@@ -61,7 +61,7 @@ def seconds_of_one(step, device):
 
 def median_seconds(steps, repeats, device):
     """The median time of each of several functions over `repeats` rounds. They take turns, so
-    that what else the machine does meanwhile falls on all of them. The first round warms up."""
+    that other load on the machine affects all of them. The first round is a warm-up."""
     times = [[] for _ in steps]
     for _ in range(1 + repeats):
         for step, own_times in zip(steps, times):
@@ -70,14 +70,14 @@ def median_seconds(steps, repeats, device):
 
 
 def product_flops(dtype, device):
-    """FLOP/s of a plain matrix product in one precision: the median of ten."""
+    """FLOP/s of a plain matrix product in one precision, from the median time of ten."""
     a, b = torch.randn(2, PRODUCT, PRODUCT, device=device).to(dtype)
     seconds = median_seconds([partial(torch.mm, a, b)], 10, device)
     return 2 * PRODUCT ** 3 / seconds[0]
 
 
 def matmul_peak(device):
-    """FLOP/s of a plain matrix product in the precision of training: the best of five."""
+    """FLOP/s of a plain matrix product in the precision of training, from the best time of five."""
     size = GPU_PRODUCT if device.type == "cuda" else PRODUCT
     times = []
     with precision(device):
@@ -92,7 +92,7 @@ def matmul_peak(device):
 
 @dataclass
 class Models:
-    """What the steps train. The backbone is the decoder's, compiled where a long run compiles
+    """What the steps train. The backbone is the decoder's, compiled if a long run would compile
     it."""
     device: torch.device
     decoder: Decoder
@@ -113,8 +113,8 @@ def build_models(size, vocab_size, device):
 
 
 class PapersLearner(torch.nn.Module):
-    """Token ids (B, T) -> scores of the vocabulary (B * T, V): a backbone under a head of the
-    paper's shape."""
+    """Token ids (B, T) -> scores of the vocabulary (B * T, V): a backbone with a
+    classifier of the paper's shape."""
 
     def __init__(self, backbone, d_model, vocab_size):
         super().__init__()
@@ -134,7 +134,7 @@ def random_ids(rows, length, vocab_size, device):
 
 
 def random_episode(vocab_size, device):
-    """An Episode of the shape of a meta step, whose rows are random tokens."""
+    """An Episode of random tokens, in the shape of a meta step."""
     words = torch.arange(WAY, device=device)
     return data.Episode(
         support_ids=random_ids(WAY * SHOT, ROW, vocab_size, device),
@@ -145,8 +145,8 @@ def random_episode(vocab_size, device):
 
 
 def papers_tokens_as_episode(paper_ids):
-    """An Episode of the tokens (PAPER_ROWS, PAPER_LENGTH): half of the rows of ROW tokens are
-    support rows, the others are query rows."""
+    """An Episode made of the tokens (PAPER_ROWS, PAPER_LENGTH): rows of ROW tokens, of which half
+    are support rows and the others query rows."""
     rows = paper_ids.reshape(-1, ROW)
     half = PAPER_WAY * PAPER_SHOT
     words = torch.arange(PAPER_WAY, device=paper_ids.device)
@@ -175,7 +175,7 @@ def plain_twin_step(models, batch):
 
 
 def meta_step(models, episode, inner):
-    """A meta step, as training performs it: only a backbone that is not adapted is compiled."""
+    """A meta step, as training performs it. Only a backbone that is not adapted is compiled."""
     backbone = models.backbone if inner == "head" else models.decoder.model
     with precision(models.device):
         loss, _ = meta_loss(backbone, models.meta_head, episode, inner, INNER_STEPS, INNER_LR)
@@ -213,8 +213,8 @@ def probe_step(models, batch):
 
 @dataclass
 class Row:
-    """A step of the table: its name, a function that performs it, the tokens that it sees, and
-    its model FLOPs, 0 where they are not counted."""
+    """A row of the table: the name of a step, a function that performs it, the tokens that it
+    processes, and its model FLOPs, 0 if they are not counted."""
     name: str
     step: Callable
     tokens: int
@@ -222,8 +222,8 @@ class Row:
 
 
 def print_rows(rows, repeats, device, peak):
-    """Time the steps of rows side by side and print them: the first one, and what it is compared
-    with. The peak is in FLOP/s. Returns {name: seconds}."""
+    """Time the steps of rows side by side and print them. The others are compared with the first.
+    The peak is in FLOP/s. Returns {name: seconds}."""
     took = {}
     times = median_seconds([row.step for row in rows], repeats, device)
     for row, seconds in zip(rows, times):
@@ -245,7 +245,7 @@ def next_token_rows(models, batch):
 
 
 def meta_row(models, episode, inner):
-    """A meta step of one inner loop."""
+    """A meta step with one kind of inner loop."""
     flops = meta_flops(models.decoder.config, models.meta_head, WAY, SHOT, QUERY, ROW, inner,
                        INNER_STEPS, second_order=False)
     return Row(f"meta step, inner {inner}", partial(meta_step, models, episode, inner),
@@ -271,7 +271,7 @@ def papers_rows(models, paper_ids):
 
 
 def print_table(models, batch, repeats, peak):
-    """Time all steps and print them; returns {name: seconds}."""
+    """Time all steps and print them. Returns {name: seconds}."""
     vocab_size, device = models.decoder.config.vocab_size, models.device
     episode = random_episode(vocab_size, device)
     paper_ids = random_ids(PAPER_ROWS, PAPER_LENGTH, vocab_size, device)
@@ -298,17 +298,17 @@ def print_ratios(models, took):
     slower = took["the paper's way"] / took["meta step, 4 x 256 tokens"]
     note = ""
     if models.backbone is not models.decoder.model:
-        note = " (ours compiled, it and the plain twin not)"
+        note = " (ours is compiled; it and the plain twin are not)"
     print(f"the paper's way: {slower:.0f} times slower on the same tokens{note}")
 
 
 def print_shares(models, batch, took):
-    """What else a run does, in shares of its steps: probes, and drawing episodes and batches."""
+    """What else a run does, as shares of its steps: probes, drawing episodes and batches."""
     next_token, meta = took["next-token step"], took["meta step, inner head"]
     probes = median_seconds([partial(probe_step, models, batch)], 3, models.device)
     steps = probes[0] / next_token
-    print(f"a probe: {steps:.1f} next-token steps' time; every 100 updates, {steps / 100:.1%} of "
-          "them")
+    print(f"a probe: the time of {steps:.1f} next-token steps; one in 100 updates adds "
+          f"{steps / 100:.1%}")
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         made_up_text(text, 2)
@@ -330,7 +330,7 @@ def print_steps(size, vocab_size, repeats, device):
         in_bf16 = torch.is_autocast_enabled(device.type)
     peak = product_flops(torch.float32, device)
     bf16_peak = product_flops(torch.bfloat16, device)
-    print(f"{size}, {vocab_size} words, {device.type}, {torch.get_num_threads()} threads, "
+    print(f"{size}, vocabulary {vocab_size}, {device.type}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, steps in {'bf16' if in_bf16 else 'float32'}")
     print(f"matrix products of {PRODUCT}: {peak / 1e9:.0f} GFLOP/s in float32, "
           f"{bf16_peak / 1e9:.0f} in bf16")
@@ -343,8 +343,8 @@ def print_steps(size, vocab_size, repeats, device):
 # ---- growth ------------------------------------------------------------------------------------
 
 def made_up_text(path, megabytes):
-    """Write text in which 50,000 words stand as often as in a language (Zipf), with sentences and
-    numbers."""
+    """Write text with 50,000 words, as frequent as in a natural language (Zipf), with sentences
+    and numbers."""
     rng = np.random.default_rng(0)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     words = []
@@ -392,7 +392,7 @@ def grow():
     for size in ("11m", "65m", "181m"):
         for length in (256, 512, 1024, 2048):
             subprocess.run([*script, "--one-step", size, str(length)], check=True)
-    print("    MB  seconds       MB/s     tokens/s   preparation of text: tokenizer, tokens",
+    print("    MB  seconds       MB/s     tokens/s   preparing text: tokenizer, tokens",
           flush=True)
     for megabytes in (1, 10, 100, 1000):
         subprocess.run([*script, "--one-text", str(megabytes)], check=True)
@@ -404,13 +404,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--grow", action="store_true",
-        help="tokens/s and memory over sizes, contexts, and megabytes of text")
+        help="measure tokens/s and memory for sizes, contexts, and megabytes of text instead")
     add("--one-step", nargs=2, help=argparse.SUPPRESS)
     add("--one-text", type=int, help=argparse.SUPPRESS)
-    add("--size", choices=SIZES, default="11m")
-    add("--device")
-    add("--vocab-size", type=int, default=Config.vocab_size)
-    add("--repeats", type=int, default=5)
+    add("--size", choices=SIZES, default="11m", help="size of the decoder (default: 11m)")
+    add("--device", help="cuda, mps or cpu (default: the first of these that is available)")
+    add("--vocab-size", type=int, default=Config.vocab_size,
+        help="size of the vocabulary; a smaller one makes all steps faster (default: %(default)s)")
+    add("--repeats", type=int, default=5,
+        help="rounds in which the main steps are timed; the median is shown (default: %(default)s)")
     args = parser.parse_args()
     if args.grow:
         grow()

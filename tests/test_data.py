@@ -160,7 +160,7 @@ def test_a_prepared_text_is_checked_when_it_is_loaded(script, text_file, tmp_pat
         path = tmp_path / "ready" / name
         content = path.read_bytes()
         path.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
-        with pytest.raises(UserError, match="not whole"):
+        with pytest.raises(UserError, match="incomplete or damaged"):
             data.load(tmp_path / "ready", vocab_size=2048, quiet=True)
         path.write_bytes(content)
         data.load(tmp_path / "ready", vocab_size=2048, quiet=True)

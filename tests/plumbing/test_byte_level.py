@@ -168,7 +168,7 @@ REFUSED = [
     (tokenizer(normalizer=SENTENCEPIECE), "normalizer Replace"),
     (tokenizer(pre_tokenizer=None), "does not end with ByteLevel"),
     (tokenizer(pre_tokenizer={"type": "Metaspace"}), "does not end with ByteLevel"),
-    (tokenizer(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "prefix space"),
+    (tokenizer(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space"),
     (tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         split(LLAMA3, behavior="Removed"), BYTE_LEVEL]}), "pre-tokenizer Split"),
     (tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": [
@@ -177,13 +177,13 @@ REFUSED = [
         split(r"\p{N}{1,3}+"), BYTE_LEVEL]}), "regular expression"),
     (tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         split(r"(a"), BYTE_LEVEL]}), "damaged"),
-    (tokenizer(added_tokens=[added(300, "<mask>", lstrip=True)]), "part of its neighbours"),
+    (tokenizer(added_tokens=[added(300, "<mask>", lstrip=True)]), "absorbs text around it"),
     (tokenizer(added_tokens=[added(2 ** 40, "x")]), "ids must be"),
     (tokenizer(added_tokens=[{"id": 3}]), "damaged"),
     (tokenizer(vocab={"a": 0}), "lacks a byte"),
     (tokenizer(vocab=[["a", 0.5]]), "damaged"),
     (tokenizer(merges=[("a", "b")]) | {"model": {"vocab": {c: i for i, c in LETTERS.items()},
-                                                 "merges": [["a", "b"]]}}, "no token"),
+                                                 "merges": [["a", "b"]]}}, "not a token"),
     ({"version": "1.0"}, "damaged")]
 
 

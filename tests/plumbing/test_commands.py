@@ -60,7 +60,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 @pytest.mark.parametrize("kind, text, said", [
     (number(int, 1), "9" * 400, "not at least 1"), (number(int, 0), str(2 ** 64), "not at least 0"),
-    (number(int, 1, 8), "9", "not in 1 to 8"), (number(float, 0), "nan", "not at least 0"),
+    (number(int, 1, 8), "9", "not between 1 and 8"), (number(float, 0), "nan", "not at least 0"),
     (number(float, 0), "inf", "not at least 0"), (number(int, 1), "1.5", "whole number"),
     (filled, "", "empty")])
 def test_numbers_and_texts_are_refused_in_one_line(kind, text, said, capsys):

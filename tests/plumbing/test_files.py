@@ -185,7 +185,7 @@ def test_a_new_folder_takes_nobodys_place(tmp_path):
         (temporary / "a").write_text("")
     (tmp_path / "file").write_text("mine")
     for name in ("empty", "file"):
-        with pytest.raises(UserError, match="there already"):
+        with pytest.raises(UserError, match="already exists"):
             with new_folder(tmp_path / name):
                 pytest.fail("it is taken")
     assert (tmp_path / "file").read_text() == "mine"

@@ -402,7 +402,7 @@ def test_a_damaged_file_is_one_line(command, imported):
     path.write_bytes(path.read_bytes()[:-1])
     code, _, err = command(model, "--import", "llama", "--out", "runs/x")
     assert (code, err.count("\n")) == (2, 1)
-    assert "damaged or no safetensors file" in err
+    assert "damaged or not a safetensors file" in err
     assert sorted(path.name for path in (imported / "runs").iterdir()) == ["llama", "pico"]
 
 

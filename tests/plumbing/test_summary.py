@@ -74,21 +74,23 @@ def report(line, question=None, **settings):
 
 
 def test_summary_says_whether_the_run_beat_the_bigram():
-    assert "0.20 nats below that of the bigram" in report(evaluation(val_loss=6.3))
+    better = report(evaluation(val_loss=6.3))
+    assert "The model beats the bigram" in better
+    assert "0.20 nats lower" in better
     worse = report(evaluation(val_loss=6.75))
-    assert "does not beat counting" in worse
-    assert "0.25 nats above that of the bigram" in worse
+    assert "does not beat the bigram" in worse
+    assert "0.25 nats higher" in worse
     assert worse.splitlines()[-1].endswith("python probe.py runs/mine")
 
 
 @pytest.mark.parametrize("after, said", [
     (0.159, "Adapting helps"), (0.157, "no difference beyond noise"),
-    (0.103, "no difference beyond noise"), (0.101, "Adapting does harm")])
+    (0.103, "no difference beyond noise"), (0.101, "Adapting hurts")])
 def test_summary_says_whether_adapting_helped_beyond_noise(after, said):
     """Two standard errors of a difference of figures that have 0.01 each: 0.0283."""
     text = report(evaluation(fewshot_after=after))
     verdicts = [said for said in ("Adapting helps", "no difference beyond noise",
-                                  "Adapting does harm") if said in text]
+                                  "Adapting hurts") if said in text]
     assert verdicts == [said]
     assert f"{after:.1%}" in text.splitlines()[-2]
 

@@ -93,7 +93,7 @@ JSON_FILES = {
 NOT_IDS = "does not hold uint16 GPT-2 ids"
 TOKEN_FILES = {
     "odd length": ("a.bin", IDS.tobytes()[:-1], "uint16 ids take two"),
-    "no ids": ("a.bin", b"", "there must be some"),
+    "no ids": ("a.bin", b"", "must be at least one id"),
     "ids beyond the vocabulary": ("a.bin", (IDS + 50_000).tobytes(), NOT_IDS),
     "32-bit ids": ("a.bin", IDS.astype("<i4").tobytes(), NOT_IDS),
     "64-bit ids": ("a.bin", IDS.astype("<i8").tobytes(), NOT_IDS),
@@ -114,8 +114,8 @@ FLAGS = {
                   "words that can be classes"),
     "size": (["--size", "12m"], "invalid choice"),
     "one way": (["--n-way", 1], "at least 2"),
-    "ratio": (["--hybrid-ratio", 1.5], "0 to 1"),
-    "context": (["--seq-len", 4096], "2 to 2048"),
+    "ratio": (["--hybrid-ratio", 1.5], "between 0 and 1"),
+    "context": (["--seq-len", 4096], "between 2 and 2048"),
     "steps": (["--steps", -5], "at least 1"),
     "lr": (["--lr", "fast"], "number"),
     "lr nan": (["--lr", "nan"], "at least 0"),
@@ -130,7 +130,7 @@ FLAGS = {
     "not a file": (["--data", "pipe"], "not a file or folder"),
     "characters of nanoGPT": (["--data", "chars"], "meta.pkl"),
     "only validation ids": (["--data", "half"], "none to train on"),
-    "prepared text cut short": (["--data", "cut"], "not whole"),
+    "prepared text cut short": (["--data", "cut"], "incomplete or damaged"),
     "GPT-2 ids in a small vocabulary": (["--data", "ids.bin"], "50258"),
     "characters of nanoGPT, the file": (["--data", "chars/train.bin"], "meta.pkl"),
     "tokens of a prepared folder": (["--data", "cut/train.bin"], "tokenizer.tiktoken"),
@@ -161,17 +161,17 @@ COMMANDS = {
     "no such run": (model, ["runs/none"], "not a run"),
     "run without checkpoint": (model, ["hollow"], "no usable checkpoint"),
     "damaged settings": (model, ["broken"], "not a run"),
-    "wild vocabulary": (model, ["wild"], "vocab_size in its config.json is no count"),
+    "wild vocabulary": (model, ["wild"], "vocab_size in its config.json is invalid"),
     "negative tokens": (model, ["hollow", "--tokens", "-1"], "at least 0"),
     "export over something": (model, ["hollow", "--export", "folder"], "already"),
     "probe of nothing": (probe, ["runs/none"], "not a run"),
     "probe of an empty log": (probe, ["hollow"], "no evaluation"),
     "live of nothing": (probe, ["hollow", "runs/none", "--live"], "not a run"),
-    "live at no port": (probe, ["hollow", "--live", "--port", "65536"], "in 0 to 65535"),
+    "live at no port": (probe, ["hollow", "--live", "--port", "65536"], "between 0 and 65535"),
     "port of nothing": (probe, ["hollow", "--port", "80"], "add --live"),
     "ner of nothing": (ner, ["runs/none"], "not a run"),
     "ner without folder": (ner, ["hollow", "--uner", "nowhere"], "no such folder"),
-    "ner seeds": (ner, ["hollow", "--seeds", "0"], "in 1 to 1000"),
+    "ner seeds": (ner, ["hollow", "--seeds", "0"], "between 1 and 1000"),
     "data: nothing to do": (data, [], "nothing to do"),
     "data: over something": (data, ["short.txt", "--out", "folder-with-file"], "already"),
     "data: missing": (data, ["nowhere", "--out", "new"], "no such file"),
@@ -188,7 +188,7 @@ COMMANDS = {
     "export to 300 letters": (model, ["hollow", "--export", "x" * 300], "shorter name"),
     "probe into no folder": (probe, ["hollow", "--out", ""], "--out: it is empty"),
     "probe of a name of 300 letters": (probe, ["x" * 300], "shorter name"),
-    "ner seeds without end": (ner, ["hollow", "--seeds", 10 ** 9], "in 1 to 1000"),
+    "ner seeds without end": (ner, ["hollow", "--seeds", 10 ** 9], "between 1 and 1000"),
     "ner into no folder": (ner, ["hollow", "--out", ""], "--out: it is empty"),
     "ner into a file": (ner, ["hollow", "--out", "short.txt"], "cannot write to short.txt"),
     "ner from no folder": (ner, ["hollow", "--uner", ""], "--uner: it is empty"),
@@ -309,7 +309,7 @@ def test_links_out_of_the_folder_are_left_out_and_said(tmp_path, capsys):
     (mine / "b.txt").symlink_to(tmp_path / "secret.txt")
     (mine / "loop").symlink_to(mine)
     assert [file.name for file in text.text_files([mine])] == ["a.txt"]
-    assert "1 links out of the folder" in capsys.readouterr().err
+    assert "links that lead out of the folder: 1\n" in capsys.readouterr().err
     (mine / "a.txt").unlink()
     # It is an error, and not the installed documentation instead.
     with pytest.raises(UserError, match="links out of it"):
@@ -477,7 +477,7 @@ def test_state_with_a_right_checksum_that_does_not_fit(case, run, refused):
                         "moments": state["optimizer"]["state"][0]})
     (run / "ckpt.pt").unlink()
     torch.save(state | {"sha256": fingerprint(state)}, run / "ckpt.pt")
-    refused(RESUME, "does not fit|is of update|no step|stands in two places")
+    refused(RESUME, "does not fit|is from update|no step|occurs twice")
 
 
 def test_the_optimizer_follows_the_flags_and_not_the_checkpoint(run, train_here, desk):
@@ -540,15 +540,17 @@ def tensor_of(numbers):
 BOMBS = {
     "a view of 6 GB": (with_(x=torch.zeros(1).expand(1_500_000_000)), "does not fill its memory"),
     "a part of a tensor": (with_(x=torch.zeros(100)[::2]), "does not fill its memory"),
-    "lists in lists": (with_(x=nested()), "in two places"),
-    "one tensor twice": (with_(x=torch.ones(3), y=[torch.ones(3)] * 2), "in two places"),
+    "lists in lists": (with_(x=nested()), "occurs twice"),
+    "one tensor twice": (with_(x=torch.ones(3), y=[torch.ones(3)] * 2), "occurs twice"),
     "not finite": (with_(x=torch.tensor([1.0, float("nan")])), "not finite"),
-    "sparse": (with_(x=torch.eye(3).to_sparse()), "it names torch._utils"),
-    "without memory": (with_(x=torch.empty(10 ** 12, device="meta")), "it names torch._utils"),
-    "64 bits": (with_(x=torch.ones(3, dtype=torch.float64)), "it names torch DoubleStorage"),
+    "sparse": (with_(x=torch.eye(3).to_sparse()), "pickle names torch._utils"),
+    "without memory": (with_(x=torch.empty(10 ** 12, device="meta")),
+                       "pickle names torch._utils"),
+    "64 bits": (with_(x=torch.ones(3, dtype=torch.float64)), "pickle names torch DoubleStorage"),
     "a bytearray": (archive(b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\2\x85R."),
-                    "it names __builtin__ bytearray"),
-    "a program": (archive(b"\x80\x02cposix\nsystem\nX\x05\0\0\0touch\x85R."), "it names posix"),
+                    "pickle names __builtin__ bytearray"),
+    "a program": (archive(b"\x80\x02cposix\nsystem\nX\x05\0\0\0touch\x85R."),
+                  "pickle names posix"),
     "compressed": (archive(bytes(10_000_000), zipfile.ZIP_DEFLATED), "it is compressed"),
     "a large pickle": (archive(b"\x80\x02](" + b"]" * 2_000_000 + b"e."), "pickle is too large"),
     "a deep pickle": (archive(b"\x80\x02" + b"]" * 90_000 + b"a" * 89_999 + b"."), "damaged"),
@@ -651,11 +653,11 @@ def test_all_odd_values_in_one_log_and_the_usual_lines(desk, monkeypatch, capsys
 @pytest.mark.parametrize("key, value, message", [
     ("name", None, None), ("name", "x" * 500_000, None), ("name", "$a\nb\ud800", None),
     ("name", 5, "'name'"), ("name", [], "'name'"), ("size", "x" * 500_000, None),
-    ("size", None, "'size'"), ("vocab_size", 0, "no count"), ("vocab_size", True, "no count"),
-    ("vocab_size", 2 ** 62, "no count"), ("bigram", float("inf"), None), ("bigram", "x", None),
-    ("bigram", float("nan"), None), ("steps", None, None), ("steps", -1, "no count"),
-    ("steps", 1.5, "'steps'"), ("steps", 10 ** 25, "no count"), ("steps", 10 ** 40, "not valid"),
-    ("seed", 2 ** 63, "no count"), ("seed", "1", "'seed'"), ("hybrid_ratio", None, None),
+    ("size", None, "'size'"), ("vocab_size", 0, "invalid"), ("vocab_size", True, "invalid"),
+    ("vocab_size", 2 ** 62, "invalid"), ("bigram", float("inf"), None), ("bigram", "x", None),
+    ("bigram", float("nan"), None), ("steps", None, None), ("steps", -1, "invalid"),
+    ("steps", 1.5, "'steps'"), ("steps", 10 ** 25, "invalid"), ("steps", 10 ** 40, "not valid"),
+    ("seed", 2 ** 63, "invalid"), ("seed", "1", "'seed'"), ("hybrid_ratio", None, None),
     ("hybrid_ratio", float("nan"), None), ("hybrid_ratio", "0.5", "'hybrid_ratio'"),
     ("meta_start", None, None), ("lr", {"a": [1]}, None), ("corpus_sha256", 5, "'corpus_sha256'"),
 ])
