@@ -235,21 +235,21 @@ def cost_sentence(result):
         if words == "never reached":
             sentences.append(f"{label} and {first_of(result)} reach no common loss")
         else:
-            link = "as" if words == "as many" else "than"
+            link = "as" if "as many" in words else "than"
             sentences.append(f"{label} needs {words} FLOPs {link} {first_of(result)} for the same "
                              f"held-out loss ({entry['levels'][-1]:.2f})")
     return "; ".join(sentences)
 
 
 def cost_in_words(entry, i):
-    """The i-th of an entry's ratios, such as "1.52x more +- 0.02". The ratio says how many times
+    """The i-th of an entry's ratios, such as "1.52x as many +- 0.02". The ratio says how many times
     less is needed. Below 1 it is inverted, and its spread with it."""
     ratio = entry["mean"][i]
     if not ratio:
         return "never reached"
     if abs(ratio - 1) < 0.005:
         return "as many"
-    text = f"{ratio:.2f}x fewer" if ratio >= 1 else f"{1 / ratio:.2f}x more"
+    text = f"{ratio:.2f}x fewer" if ratio >= 1 else f"{1 / ratio:.2f}x as many"
     if entry["sd"] and entry["sd"][i] is not None:
         spread = entry["sd"][i] if ratio >= 1 else entry["sd"][i] / ratio ** 2
         text += f" +- {spread:.2f}"

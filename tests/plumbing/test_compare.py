@@ -131,10 +131,10 @@ def test_final_figures_and_the_untrained_ones():
 
 
 @pytest.mark.parametrize("ratio, spread, words", [
-    (1.6, None, "1.60x fewer"), (0.4, None, "2.50x more"), (None, None, "never reached"),
+    (1.6, None, "1.60x fewer"), (0.4, None, "2.50x as many"), (None, None, "never reached"),
     (1.001, 0.1, "as many"),
     (1.6, 0.1, "1.60x fewer +- 0.10"),
     # 1 / 0.39 is 2.564 and 1 / 0.41 is 2.439: half of the difference is 0.06.
-    (0.4, 0.01, "2.50x more +- 0.06")])
+    (0.4, 0.01, "2.50x as many +- 0.06")])
 def test_a_ratio_below_one_is_turned_over(ratio, spread, words):
     assert cost_in_words({"mean": [ratio], "sd": None if spread is None else [spread]}, 0) == words

@@ -50,7 +50,7 @@ def test_comparison_shows_the_ratios(tmp_path):
     figure = draw_comparison(groups, compare(groups))
     loss_ax, accuracy_ax, _ = figure.axes
     assert " ".join(loss_ax.get_title(loc="left").split()) == (
-        "m needs 1.25x more FLOPs than v for the same held-out loss (3.09)")
+        "m needs 1.25x as many FLOPs as v for the same held-out loss (3.09)")
     # Each run's curve goes on to its loss and its cost at the last update.
     vanilla, meta = loss_ax.lines
     assert (vanilla.get_xdata()[-1], meta.get_xdata()[-1]) == (10_000, 20_000)
