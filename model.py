@@ -247,7 +247,9 @@ def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, gene
 
     temperature 0 takes the most likely token; top_k 0 samples from all tokens. Ids from n_ids up
     (padding) are never sampled, and the id `stop` ends the text. Keys and values are cached, so
-    each new token costs one position. When the context is full, the older half is dropped."""
+    each new token costs one position. When the context is full, the older half is dropped. Raises
+    UserError if the logits are not finite."""
+    from plumbing.commands import UserError
     device, context = decoder.lm_head.weight.device, decoder.config.context
     ids, caches = list(ids), None
     for _ in range(n_tokens):
@@ -257,7 +259,11 @@ def generate(decoder, ids, n_tokens, temperature=0.8, top_k=50, n_ids=None, gene
         else:
             unread = ids[-1:]
         logits = decoder(torch.tensor([unread], device=device), caches)  # (1, T, V)
-        new = pick(logits[0, -1, :n_ids].float().cpu(), temperature, top_k, generator)
+        logits = logits[0, -1, :n_ids].float().cpu()  # (n_ids,)
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite, because its weights are too large: "
+                            "use another run")
+        new = pick(logits, temperature, top_k, generator)
         if new == stop:
             return
         ids.append(new)

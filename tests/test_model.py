@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from model import Config, Decoder
+from plumbing.commands import UserError
 
 PARAMETERS = {"11m": 11_282_784, "65m": 64_595_328, "181m": 181_095_168, "570m": 569_808_384}
 
@@ -150,3 +151,11 @@ def test_generation_respects_top_k_and_stop(tiny):
     assert list(one_choice) == greedy
     stopped = model.generate(tiny, [1], 5, temperature=0, stop=greedy[2])
     assert list(stopped) == greedy[:greedy.index(greedy[2])]
+
+
+def test_weights_whose_logits_overflow_are_refused(tiny):
+    tiny.float()
+    with torch.no_grad():
+        tiny.lm_head.weight.fill_(3e38)
+    with pytest.raises(UserError, match="not finite"):
+        list(model.generate(tiny, [1], 1))
