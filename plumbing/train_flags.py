@@ -10,12 +10,12 @@ Pretrain a small decoder on next-token prediction, with or without meta-learning
 
 Three commands to begin with, and the minutes they take on two CPU cores:
 
-  python train.py --meta --vocab-size 4096 --steps 600 --name base    THREE_MINUTES
-  python train.py --size 11m --meta                                   TEN_MINUTES
-  python train.py --size 11m                                          TEN_MINUTES
+  python train.py --meta --vocab-size 4096 --steps 300 --name quick    3 minutes
+  python train.py --size 11m --meta                              15 to 25 minutes
+  python train.py --size 11m                                     15 to 25 minutes
 
-The first is the short run of the exercises. The second is the run that the README describes,
-and the third is the same without meta-learning. Each run writes a folder, runs/NAME.
+The first is a short run that shows the machinery at work. The second is the run that the README
+describes, and the third is the same without meta-learning. Each run writes a folder, runs/NAME.
 "The paper" below is arXiv 2508.02189."""
 # These flags are an error without --meta.
 META_FLAGS = ("hybrid_ratio", "meta_start", "n_query", "inner", "inner_steps", "inner_lr", "head",
