@@ -217,7 +217,7 @@ def train(args):
         settings = describe(args, corpus, decoder, meta_head, device)
         run.begin(settings, corpus.folder, decoder, meta_head, optimizer)
         if processes.is_first() and not args.quiet:
-            print(f"watch: python probe.py {run.folder} --live", flush=True)
+            run.bar.write(f"watch: python probe.py {run.folder} --live")
         loop(args, device, corpus, sampler, decoder, meta_head, optimizer, run)
         run.bar.close()
         if run.step < args.steps:

@@ -243,6 +243,9 @@ class Run:
         """Log the figures of a probe or an evaluation at this step. Raises Diverged if the
         validation loss is not finite, so that such weights never replace good ones."""
         self.write([self.costs() | figures])
+        # The bar estimates from the time of updates. The first evaluation alone would make the
+        # first estimate ten times too long.
+        self.bar.unpause()
         if "val_loss" not in figures:
             return
         if not math.isfinite(figures["val_loss"]):

@@ -72,10 +72,11 @@ def summary(folder, lines, settings, sample, memory, question=None):
         f"minutes of training on {settings['device_name']}" + (f", {memory}" if memory else ""),
         f"sample: {sample!r}",
         f"files in {folder}: config.json, metrics.jsonl, ckpt.pt, dynamics.png", ""]
-    return "\n".join(report + findings(final, settings) + [next_command(folder, final, settings)])
+    report += findings(first, final, settings)
+    return "\n".join([*report, next_command(folder, final, settings)])
 
 
-def findings(final, settings):
+def findings(first, final, settings):
     """Sentences: did the run beat the bigram, and did adapting help?"""
     lead = settings["bigram"] - final["val_loss"]
     if lead > 0:
@@ -84,24 +85,30 @@ def findings(final, settings):
     else:
         found = ["The model does not beat the bigram, which only counts pairs of tokens: its "
                  f"validation loss is {-lead:.2f} nats higher."]
-    if "fewshot_after" not in final:
-        return found
+    if "fewshot_after" in final:
+        found.append(adapting(first, final))
+    return found
+
+
+def adapting(first, final):
+    """A sentence: did adapting help, and did training make it help more?"""
     before, after = final["fewshot_before"], final["fewshot_after"]
     error = final["fewshot_after_stderr"]
-    # Two standard errors of a difference. The error of `before` is not known and is assumed to
-    # equal that of `after`.
+    # Two standard errors of a difference. The error of the other figure is not known and is
+    # assumed to be as large.
     noise = 2 * math.sqrt(2) * error
-    if after - before > noise:
-        found.append(f"Adapting helps: the meta head answers {before:.1%} of the queries correctly "
-                     f"before it and {after:.1%} after it.")
-    elif before - after > noise:
-        found.append(f"Adapting hurts: the meta head answers {before:.1%} of the queries correctly "
-                     f"before it and {after:.1%} after it.")
-    else:
-        found.append(f"Adapting makes no difference beyond noise: the meta head answers "
-                     f"{before:.1%} of the queries correctly before it and {after:.1%} after it, "
-                     f"with a standard error of {error:.1%}.")
-    return found
+    answers = (f"the meta head answers {before:.1%} of the queries correctly before it and "
+               f"{after:.1%} after it")
+    if before - after > noise:
+        return f"Adapting hurts: {answers}."
+    if after - before <= noise:
+        return (f"Adapting makes no difference beyond noise: {answers}, with a standard error of "
+                f"{error:.1%}.")
+    untrained = first.get("fewshot_after")
+    if untrained is None or after - untrained > noise:
+        return f"Adapting helps: {answers}."
+    return (f"Adapting helps, but no more than without training: {answers}, and an untrained model "
+            f"reaches {untrained:.1%} in the same way.")
 
 
 def next_command(folder, final, settings):

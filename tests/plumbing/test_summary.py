@@ -69,8 +69,11 @@ def evaluation(**figures):
             "fewshot_after_stderr": 0.01} | figures
 
 
-def report(line, question=None, **settings):
-    return summary("runs/mine", [line], SETTINGS | settings, "", "", question)
+def report(line, question=None, untrained=0.125, **settings):
+    """The summary of a run whose meta head was right in so many of the queries, after adapting,
+    when it was untrained."""
+    lines = [line | {"fewshot_after": untrained}, line]
+    return summary("runs/mine", lines, SETTINGS | settings, "", "", question)
 
 
 def test_summary_says_whether_the_run_beat_the_bigram():
@@ -95,6 +98,15 @@ def test_summary_says_whether_adapting_helped_beyond_noise(after, said):
     assert f"{after:.1%}" in text.splitlines()[-2]
 
 
+@pytest.mark.parametrize("untrained, no_more", [(0.271, False), (0.273, True), (0.4, True)])
+def test_adapting_that_helps_no_more_than_without_training_is_called_so(untrained, no_more):
+    """As when nearly all labels are 0: see the exercise of the README."""
+    text = report(evaluation(), untrained=untrained)
+    assert "Adapting helps" in text
+    assert ("no more than without training" in text) == no_more
+    assert (f"reaches {untrained:.1%}" in text) == no_more
+
+
 def test_summary_of_a_meta_run_ends_with_the_game():
     assert report(evaluation()).splitlines()[-1].endswith("python meta.py runs/mine --play")
     # Where the meta head has too few slots for the usual game, the command says so.
@@ -111,8 +123,9 @@ def test_summary_says_how_many_ways_the_words_allowed():
     none = evaluation()
     for key in [key for key in none if key.startswith("fewshot")]:
         del none[key]
-    assert "no few-shot accuracy" in report(none)
-    assert "Adapting" not in report(none)
+    text = summary("runs/mine", [none], SETTINGS, "", "")
+    assert "no few-shot accuracy" in text
+    assert "Adapting" not in text
 
 
 def test_summary_shows_one_query_in_words():
