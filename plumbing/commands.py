@@ -1,5 +1,6 @@
 """What all commands share: help that states defaults, and errors in one line."""
 import argparse
+import difflib
 import errno
 import functools
 import io
@@ -47,7 +48,17 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that states defaults. An error is one line and ends with exit code 2."""
 
     def __init__(self, *args, formatter_class=HelpFormatter, **kwargs):
-        super().__init__(*args, formatter_class=formatter_class, **kwargs)
+        # Without abbreviations: the typing error --step would start a run as --steps.
+        super().__init__(*args, formatter_class=formatter_class, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0], flags, 1)
+            advice = f"did you mean {near[0]}?" if near else "--help lists all flags"
+            self.error(f"{unknown[0][:80]} is unknown: {advice}")
+        return args
 
     def error(self, message):
         leave(2, f"error: {message}")

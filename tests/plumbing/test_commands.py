@@ -74,6 +74,18 @@ def test_numbers_and_texts_are_refused_in_one_line(kind, text, said, capsys):
     assert said in error
 
 
+def test_a_mistyped_flag_is_not_taken_for_another(capsys):
+    parser = Parser()
+    parser.add_argument("--steps", type=int)
+    for mistyped, advice in (("--step", "did you mean --steps?"), ("xyz", "--help")):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args([mistyped, "3"])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert f"{mistyped} is unknown: " in error
+        assert advice in error
+
+
 # ---- in processes of their own -----------------------------------------------------------------
 
 SCRIPT = """
