@@ -33,6 +33,8 @@ def read_settings(folder):
     run."""
     folder = Path(folder)
     path = folder / "config.json"
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist: check the name (train.py makes runs)")
     if not path.exists():
         raise UserError(f"{folder} is not a run: it has no config.json (train.py makes runs)")
     content = read_file(path, LARGEST_SETTINGS)

@@ -21,7 +21,7 @@ CURVES = {
 }
 # The number of probes that phases need. A shorter run would show only its first hump.
 FEWEST_PROBES = 12
-TOO_EARLY = f"fewer than {FEWEST_PROBES} probes: too early for phases"
+TOO_EARLY = f"fewer than {FEWEST_PROBES} probes: too few for phases"
 # Of 40 monotone curves with noise of 5 % of their range and autocorrelation 0.6, none passes both
 # limits. With 1/20 of the range as the second limit, one in six does.
 LARGEST_P = 0.005

@@ -61,8 +61,8 @@ def unanswered(episode):
 
 def support_set(episode):
     n_way = len(episode.words)
-    lines = [f"An episode: the letters {letters_of(n_way)} stand for {n_way} hidden words. Each "
-             "row of text", "ends with a <mask> in place of one of them.", "",
+    lines = [f"An episode: the letters {letters_of(n_way)} stand for {n_way} hidden words. A "
+             "<mask>", "takes the place of one of them, and each row ends with one.", "",
              "Support set: the letter of the word is given."]
     for label, row in episode.support:
         lines.append(indented(f"   {LETTERS[label]}  ... ", row))
@@ -157,8 +157,8 @@ def answer_table(episode, players):
     if has_meta_head:
         guessing += f", and a support loss of ln {n_way} = {math.log(n_way):.3f} nats"
     lines += [guessing + ".",
-              "\"-\" means no answer: the look-up only knows tokens right before a <mask> in the "
-              "support set."]
+              "\"-\" means no answer: the look-up only knows tokens right before a last <mask> of the "
+              "support set. In averages it counts as a guess."]
     if not has_meta_head:
         lines.append("This run has no meta head: train.py --meta makes one.")
     return "\n".join(lines)

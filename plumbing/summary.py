@@ -114,7 +114,7 @@ def adapting(first, final):
 def next_command(folder, final, settings):
     """What to look at next, a line with one command."""
     if final["val_loss"] >= settings["bigram"]:
-        return f"Next, see whether the loss was still falling: python probe.py {folder}"
+        return f"Next, see whether the loss was still falling: python probe.py {folder} --live"
     if "fewshot_after" not in final:
         return f'Next, read what it writes: python model.py {folder} --prompt "Returns the"'
     ways = f" --n-way {settings['n_way']}" if settings["n_way"] < N_WAY else ""
@@ -139,8 +139,8 @@ def fewshot_report(first, final, settings):
             if first.get(key) is not None:  # always so, unless the log was edited
                 row += f"   (untrained {first[key]:.1%})"
             lines.append(row)
-    note = "prototypes are scored only where the previous token appears before no support word"
+    lines.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}")
+    note = "  prototypes are scored on new queries only, where the look-up has to guess"
     if "fewshot_after_new" in final:
         note += f"; there the meta head gets {final['fewshot_after_new']:.1%}"
-    lines.append(f"  {'previous-token look-up':<26} {final['fewshot_lookup']:6.1%}   ({note})")
-    return lines
+    return [*lines, note]

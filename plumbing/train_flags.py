@@ -69,8 +69,8 @@ def add_first_flags(add, sizes):
         help="tokens in the vocabulary. 4096 is several times faster on a CPU, but losses of "
              "different vocabularies cannot be compared")
     add("--steps", type=number(int, 1), default=2000, metavar="N",
-        help="updates of both kinds together (default: %(default)s with 1,024 tokens each; the "
-             "paper: 6,000 with 2 million)")
+        help="updates of both kinds together (default: %(default)s; the paper: 6,000, with 2 "
+             "million tokens per next-token update, where ours have 1,024)")
     add("--seed", type=number(int, 0), default=0, metavar="S",
         help="seed of every random choice. The same seed gives the same run, and a vanilla run "
              "and a meta run with one seed read the same text in the same order")

@@ -118,7 +118,7 @@ def test_phases_of_a_log():
     alike = phase_table({"head entropy": found["head entropy"] + 2 * [found["head entropy"][1]]})
     assert "  layers 1 to 3    flat" in alike
     assert phases(lines[:FEWEST_PROBES - 1]) == {}
-    assert "too early" in phase_table({})
+    assert "too few" in phase_table({})
 
 
 # ---- groups of runs ----------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_dynamics_are_those_of_the_log(tmp_path):
     titles = [" ".join(ax.get_title(loc="left").split()) for ax in figure.axes[:4]]
     assert titles == [
         "Next-token prediction: 3.09 nats per token, 0.91 better than the bigram",
-        "The nearest prototype gets 20% of unseen words right (chance 10%)",
+        "The nearest prototype gets 20% of held-out words right (chance 10%)",
         "Mean over layers: hidden states use 0% of their directions at first, 0% at the lowest and "
         "150% at the end",
         "Mean over layers: attention has 62% of its largest entropy at first, 62% at the lowest "
