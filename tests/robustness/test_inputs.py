@@ -158,18 +158,18 @@ FLAGS = {
 
 # case -> (another chapter, its flags, what the error says)
 COMMANDS = {
-    "no such run": (model, ["runs/none"], "not a run"),
+    "no such run": (model, ["runs/none"], "does not exist"),
     "run without checkpoint": (model, ["hollow"], "no usable checkpoint"),
     "damaged settings": (model, ["broken"], "not a run"),
     "wild vocabulary": (model, ["wild"], "vocab_size in its config.json is invalid"),
     "negative tokens": (model, ["hollow", "--tokens", "-1"], "at least 0"),
     "export over something": (model, ["hollow", "--export", "folder"], "already"),
-    "probe of nothing": (probe, ["runs/none"], "not a run"),
+    "probe of nothing": (probe, ["runs/none"], "does not exist"),
     "probe of an empty log": (probe, ["hollow"], "no evaluation"),
-    "live of nothing": (probe, ["hollow", "runs/none", "--live"], "not a run"),
+    "live of nothing": (probe, ["hollow", "runs/none", "--live"], "does not exist"),
     "live at no port": (probe, ["hollow", "--live", "--port", "65536"], "between 0 and 65535"),
     "port of nothing": (probe, ["hollow", "--port", "80"], "add --live"),
-    "ner of nothing": (ner, ["runs/none"], "not a run"),
+    "ner of nothing": (ner, ["runs/none"], "does not exist"),
     "ner without folder": (ner, ["hollow", "--uner", "nowhere"], "no such folder"),
     "ner seeds": (ner, ["hollow", "--seeds", "0"], "between 1 and 1000"),
     "data: nothing to do": (data, [], "nothing to do"),
