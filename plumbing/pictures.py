@@ -148,8 +148,9 @@ def accuracy_sentence(figures):
     """A sentence about few-shot figures (shares from 0 to 1)."""
     chance = figures.get("fewshot_chance", 0)
     if {"fewshot_before", "fewshot_after"} <= figures.keys():
-        return (f"Adapting takes accuracy on held-out words from {figures['fewshot_before']:.0%} to "
-                f"{figures['fewshot_after']:.0%} (chance {chance:.0%})")
+        before, after = figures["fewshot_before"], figures["fewshot_after"]
+        return (f"Adapting takes accuracy on held-out words from {before:.0%} to {after:.0%} "
+                f"(chance {chance:.0%})")
     if "fewshot_prototype" in figures:
         return (f"The nearest prototype gets {figures['fewshot_prototype']:.0%} of held-out words "
                 f"right (chance {chance:.0%})")

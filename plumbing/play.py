@@ -157,8 +157,8 @@ def answer_table(episode, players):
     if has_meta_head:
         guessing += f", and a support loss of ln {n_way} = {math.log(n_way):.3f} nats"
     lines += [guessing + ".",
-              "\"-\" means no answer: the look-up only knows tokens right before a last <mask> of the "
-              "support set. In averages it counts as a guess."]
+              "\"-\" means no answer: the look-up only knows tokens that come right before a last "
+              "<mask> of", "the support set. In averages it counts as a guess."]
     if not has_meta_head:
         lines.append("This run has no meta head: train.py --meta makes one.")
     return "\n".join(lines)

@@ -114,7 +114,7 @@ def adapting(first, final):
 def next_command(folder, final, settings):
     """What to look at next, a line with one command."""
     if final["val_loss"] >= settings["bigram"]:
-        return f"Next, see whether the loss was still falling: python probe.py {folder} --live"
+        return f"Next, see whether the loss was still falling: python probe.py {folder}"
     if "fewshot_after" not in final:
         return f'Next, read what it writes: python model.py {folder} --prompt "Returns the"'
     ways = f" --n-way {settings['n_way']}" if settings["n_way"] < N_WAY else ""

@@ -83,7 +83,7 @@ def test_summary_says_whether_the_run_beat_the_bigram():
     worse = report(evaluation(val_loss=6.75))
     assert "does not beat the bigram" in worse
     assert "0.25 nats higher" in worse
-    assert worse.splitlines()[-1].endswith("python probe.py runs/mine --live")
+    assert worse.splitlines()[-1].endswith("python probe.py runs/mine")
 
 
 @pytest.mark.parametrize("after, said", [
