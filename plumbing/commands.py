@@ -54,8 +54,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0], flags, 1)
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
             advice = f"did you mean {near[0]}?" if near else "--help lists all flags"
             self.error(f"{unknown[0][:80]} is unknown: {advice}")
         return args

@@ -233,6 +233,6 @@ def most_humps(counts):
     found = [(shapes["rise and fall"]["mean"], curve, label)
              for curve, labels in counts.items() for label, shapes in labels.items()]
     layers, curve, label = max(found)
-    where = f"in at most {layers:g} layers ({curve}, {label})" if layers else "in no layer"
+    where = f"in at most {layers:.2g} layers ({curve}, {label})" if layers else "in no layer"
     return (f"The paper's two phases, a rise and then a fall, are seen {where}. The number of "
             "layers with each shape (to see which layers: python probe.py RUN):")
