@@ -31,6 +31,7 @@ from plumbing.commands import Parser, UserError, command, filled, path  # noqa: 
 from plumbing.files import read_file, write_atomically  # noqa: E402
 from plumbing.logs import read_run, series  # noqa: E402
 from plumbing.text import is_validation  # noqa: E402
+from probe import effective_rank, run_with_gradient  # noqa: E402
 
 # The noise of a change must not repeat the numbers that the weights were drawn from.
 NOISE_SEED = 1_000_003
@@ -169,10 +170,54 @@ def change_min_count(count):
     data.MIN_COUNT = int(count)
 
 
+def change_init(std):
+    """Draw all weights from N(0, std^2), as the paper's code does with 0.02."""
+    train.build_models = partial(build_with_init, train.build_models, std)
+
+
+def build_with_init(build, std, args, corpus, device):
+    decoder, meta_head = build(args, corpus, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(args.seed)
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            if weight.dim() > 1:  # norms stay at 1
+                weight.normal_(std=std, generator=generator)
+        decoder.model.embed_tokens.weight[corpus.mask_id] = 0
+    return decoder.to(device), meta_head
+
+
+def change_more_probes(_):
+    """Probe two more things: the hidden states without centring ("hidden_raw"), and the gradients
+    of the mean logit ("attention_logit_grad", "mlp_logit_grad"), as the paper's code does."""
+    train.measure = partial(measure_more, train.measure)
+
+
+def measure_more(measure, decoder, batch):
+    """The figures of probe.measure, with more effective ranks, as means over matrices by layer."""
+    figures = measure(decoder, batch)
+    hidden, _ = run_with_gradient(decoder, batch)
+    decoder.zero_grad()
+    decoder(batch[:, :-1]).float().mean().backward()
+    layers, shares = decoder.model.layers, figures["proportional_effective_rank"]
+    shares["hidden_raw"] = [effective_rank(states.flatten(0, 1)) / states.shape[-1]
+                            for states in hidden]
+    shares["attention_logit_grad"] = [mean_share(layer.self_attn) for layer in layers]
+    shares["mlp_logit_grad"] = [mean_share(layer.mlp) for layer in layers]
+    decoder.zero_grad()
+    return figures
+
+
+def mean_share(block):
+    """The mean effective rank of the gradients in a block, as a share of the full rank."""
+    shares = [effective_rank(weight.grad) / min(weight.shape) for weight in block.parameters()]
+    return sum(shares) / len(shares)
+
+
 CHANGES = {"dropout": change_dropout, "weight-decay": change_weight_decay,
            "layers": change_layers, "mask-inputs": change_mask_inputs,
            "name-words": change_name_words, "shuffle-labels": change_shuffle_labels,
-           "min-count": change_min_count}
+           "min-count": change_min_count, "init": change_init,
+           "more-probes": change_more_probes}
 
 
 def train_with_changes(texts, flags):
@@ -241,7 +286,27 @@ def little_text_plan():
     return commands
 
 
-PLANS = {"little-text": little_text_plan}
+def two_phases_plan():
+    """What makes rank and entropy first rise and then fall, as in the paper? One factor at a time
+    is changed to the paper's value, and then all of them together, without and with meta steps."""
+    common = "--vocab-size 4096 --runs two-phases --probe-every 50 --eval-every 400 --quiet"
+    papers_flags = "--lr 0.0003 --warmup 0.42"
+    settings = {"default": ("more-probes", ""), "init": ("init=0.02", ""),
+                "rate": ("", "--lr 0.0003"), "warmup": ("", "--warmup 0.42"),
+                "decay": ("weight-decay=1", ""), "prose": ("", "--data prose/2000kb.jsonl"),
+                "all": ("init=0.02 more-probes", papers_flags)}
+    commands = []
+    for name, (changes, flags) in settings.items():
+        script = f"docs/experiments.py train {changes} --" if changes else "train.py"
+        for kind, steps in (("vanilla", "--steps 1000"), ("meta", "--steps 800 --meta")):
+            if (name, kind) == ("all", "meta"):
+                steps += " --meta-start 0"
+            commands.append(f"python {script} {' '.join((flags, steps, common)).strip()} "
+                            f"--name {name}-{kind}")
+    return commands
+
+
+PLANS = {"little-text": little_text_plan, "two-phases": two_phases_plan}
 
 
 # ---- text --------------------------------------------------------------------------------------

@@ -58,11 +58,11 @@ def log_steps(ax, last):
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
-def plot_evaluations(ax, x, y, color, label=None):
+def plot_evaluations(ax, x, y, color, label=None, style="-"):
     """Points joined by lines. The first one, of the untrained model, is not joined, since nothing
     was measured between it and the second."""
     ax.plot(x[:1], y[:1], "o", color=color)
-    ax.plot(x[1:], y[1:], "o-", color=color, linewidth=2, label=label)
+    ax.plot(x[1:], y[1:], "o", linestyle=style, color=color, linewidth=2, label=label)
 
 
 # ---- one run -----------------------------------------------------------------------------------
@@ -130,7 +130,9 @@ def draw_accuracy(ax, lines, last):
         x, y = series(lines, key)
         if len(x):
             newest[key] = y[-1]
-            plot_evaluations(ax, x, 100 * y, colour, f"{label}: {y[-1]:.0%}")
+            # Dashed: only the queries that the look-up cannot answer.
+            style = "--" if label.endswith("*") else "-"
+            plot_evaluations(ax, x, 100 * y, colour, f"{label}: {y[-1]:.0%}", style)
     for key, style, label in (("fewshot_lookup", "--", "previous-token look-up"),
                               ("fewshot_chance", ":", "chance")):
         _, y = series(lines, key)

@@ -125,6 +125,43 @@ def test_name_words_asks_for_the_masked_words(corpus):
     assert flops == expected
 
 
+def test_init_draws_all_matrices_alike(corpus):
+    decoder, meta_head, _ = built("init", 0.02, corpus, "--meta")
+    for name, weight in decoder.named_parameters():
+        expected = 0.02 if weight.dim() > 1 else 0
+        assert weight.std().item() == pytest.approx(expected, rel=0.05), name
+    assert not decoder.model.embed_tokens.weight[corpus.mask_id].any()
+    assert meta_head.trunk[0].weight.std().item() > 0.1
+
+
+def test_more_probes_measure_the_mean_logit(corpus):
+    """The gradient of the mean logit of one weight, by finite differences, and the rank of its
+    matrix by torch.linalg.svdvals."""
+    decoder, _, _ = built("layers", 2, corpus)
+    experiments.change_more_probes(1)
+    rows = batch(corpus)[:2]
+    figures = train.measure(decoder, rows)["proportional_effective_rank"]
+    assert all(weight.grad is None for weight in decoder.parameters())
+    decoder(rows[:, :-1]).mean().backward()
+    gate = decoder.model.layers[1].mlp.gate_proj.weight
+    gradient = gate.grad[3, 5].item()
+    with torch.no_grad():
+        found = []
+        for change in (0.5, -0.5):
+            gate[3, 5] += change
+            found.append(decoder(rows[:, :-1]).double().mean().item())
+            gate[3, 5] -= change
+    assert found[0] - found[1] == pytest.approx(gradient, rel=0.1)
+    shares = []
+    for weight in decoder.model.layers[1].mlp.parameters():
+        p = torch.linalg.svdvals(weight.grad.double())
+        p = p / p.sum()
+        shares.append(torch.exp(-(p * p.log()).sum()).item() / min(weight.shape))
+    assert figures["mlp_logit_grad"][1] == pytest.approx(sum(shares) / 3, rel=1e-3)
+    assert figures["hidden_raw"][0] != figures["hidden"][0]
+    assert {len(values) for values in figures.values()} == {2}
+
+
 def test_shuffled_labels_are_a_permutation_of_the_support(corpus, monkeypatch):
     seen = []
     monkeypatch.setattr(train, "meta_loss", lambda *args: seen.append(args[2]))

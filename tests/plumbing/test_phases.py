@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from plumbing.phases import (
-    CURVES, FEWEST_PROBES, hump, hump_test, phase, phase_count_table, phase_counts, phase_table,
-    phases, rising_fit, smooth)
+    CURVES, FEWEST_PROBES, hump, noise_level, phase, phase_count_table, phase_counts, phase_table,
+    phases, smooth)
 
 STEPS = np.array([0, 1, 2, 4, 8, 16, 32, 64, *range(100, 2001, 100)])
 # Time, from 0 to 1, at each of STEPS.
@@ -31,7 +31,6 @@ def test_a_known_rise_and_fall_is_recovered(peak, start, verdict):
     curve = 5 + 3 * np.interp(x, [0, 3, peak, 24, 27], [start, 0, 1, 0.25, 0.25])
     found = phase(STEPS, curve + 0.02 * noise(peak))
     assert found["verdict"] == verdict
-    assert found["p"] < 0.005
     assert STEPS[2] <= found["bottom"] <= STEPS[4]
     assert STEPS[peak - 1] <= found["peak"] <= STEPS[peak + 1]
     assert STEPS[22] <= found["reconverged"] <= STEPS[25]
@@ -41,31 +40,42 @@ def test_a_known_rise_and_fall_is_recovered(peak, start, verdict):
     assert mirrored["trough"] in STEPS[peak - 1:peak + 2]
 
 
-RISING, FALLING = "monotone, rising", "monotone, falling"
-
-
-@pytest.mark.parametrize("curve, word", [(TIME, RISING), (1 - np.exp(-4 * TIME), RISING),
-                                         (-TIME, FALLING), (0 * TIME, "flat")])
-def test_monotone_curves_are_called_monotone(curve, word):
+@pytest.mark.parametrize("curve, word", [(TIME, "rises"), (1 - np.exp(-4 * TIME), "rises"),
+                                         (-TIME, "falls"), (0 * TIME, "flat")])
+def test_monotone_curves_have_no_turn(curve, word):
     assert phase(STEPS, curve)["verdict"] == word
 
 
-@pytest.mark.parametrize("curve, word", [(TIME, RISING), (1 - np.exp(-4 * TIME), RISING),
-                                         (-TIME, FALLING)])
+@pytest.mark.parametrize("curve, word", [(TIME, "rises"), (1 - np.exp(-4 * TIME), "rises"),
+                                         (-TIME, "falls")])
 def test_false_alarms_are_rare(curve, word):
     """Monotone curves with autocorrelated noise."""
-    verdicts = [phase(STEPS, curve + 0.04 * noise(seed))["verdict"] for seed in range(20)]
-    assert verdicts.count(word) >= 19
+    verdicts = [phase(STEPS, curve + 0.04 * noise(seed))["verdict"] for seed in range(40)]
+    assert verdicts.count(word) >= 38
 
 
 def test_noise_alone_has_no_hump():
-    """Many of its humps are higher than an eighth of its range, so that p has to tell."""
-    curves = [noise(seed, rho=0) for seed in range(20)]
+    """Nearly all of its humps are higher than an eighth of its range, so the noise has to tell."""
+    curves = [noise(seed, rho=0) for seed in range(40)]
     verdicts = [phase(STEPS, curve)["verdict"] for curve in curves]
-    assert verdicts.count(RISING) + verdicts.count(FALLING) >= 19
-    p = [hump_test(curve)[-1] for curve in curves]
-    assert np.median(p) > 0.2
-    assert max(p) <= 1
+    assert verdicts.count("rises") + verdicts.count("falls") >= 39
+
+
+def test_a_deep_dip_with_a_sharp_fall_is_found():
+    """The shape of the hidden states' rank in a short run: 86 to 40 within a few probes, then
+    slowly back to 58."""
+    x = np.arange(len(STEPS))
+    curve = np.interp(x, [0, 4, 8, 27], [86, 84, 40, 58]) + 0.5 * noise(3)
+    assert phase(STEPS, curve)["verdict"] == "falls and rises"
+
+
+def test_the_noise_level_is_a_standard_deviation():
+    """Of independent noise, also on a trend with a jump."""
+    rng = np.random.default_rng(0)
+    values = 3 * rng.normal(size=4000)
+    assert noise_level(values) == pytest.approx(3, rel=0.05)
+    trend = np.linspace(0, 50, 4000) + 100 * (np.arange(4000) > 2000)
+    assert noise_level(values + trend) == pytest.approx(3, rel=0.05)
 
 
 def test_smoothing_is_a_mean_of_three_and_of_two_at_the_ends():
@@ -78,12 +88,6 @@ def test_the_highest_hump_is_found():
     values = np.array([2.0, 1, 4, 3, 0, 3, 9, 8.5, 5, 7])
     assert hump(values) == (4, 4, 6, 8)
     assert hump(np.array([1.0, 2, 3]))[0] == 0
-
-
-def test_rising_fit_is_the_least_squares_one():
-    fit = rising_fit(np.array([1.0, 3.0, 2.0, 2.0, 5.0]))
-    assert fit.tolist() == pytest.approx([1, 7 / 3, 7 / 3, 7 / 3, 5])
-    assert rising_fit(np.array([3.0, 2.0, 1.0])).tolist() == [2, 2, 2]
 
 
 # ---- a run -------------------------------------------------------------------------------------
@@ -106,10 +110,10 @@ def test_phases_of_a_log():
     assert set(found) == {"rank of hidden states", "head entropy"}
     first, second = found["rank of hidden states"]
     assert (first["verdict"], first["bottom"], first["peak"]) == ("rises and falls", 0, 100)
-    assert second["verdict"] == FALLING
+    assert second["verdict"] == "falls"
     # The entropy of a layer is the mean of its heads.
     verdicts = [layer["verdict"] for layer in found["head entropy"]]
-    assert verdicts == [RISING, "flat"]
+    assert verdicts == ["rises", "flat"]
     table = phase_table(found)
     assert "1 of 2 layers rise and then fall; first to peak: layers 0;" in table
     assert "  layer 0          rises and falls (from update 0; peak at 100," in table
@@ -132,9 +136,9 @@ def test_phases_are_counted_over_seeds():
     """Three layers and two seeds, counted by hand; a group in which a run lacks a curve (too few
     probes) is left out of it."""
     groups = {
-        "v": [run_of("rises and falls", "monotone, rising", "falls and rises"),
+        "v": [run_of("rises and falls", "rises", "falls and rises"),
               run_of("falls, rises, falls", "rises and falls", "flat")],
-        "m": [run_of("rises, falls, rises", "monotone, falling", "flat")],
+        "m": [run_of("rises, falls, rises", "falls", "flat")],
         "early": [({}, {})]}
     counts = phase_counts(groups)
     assert set(counts) == set(CURVES)
