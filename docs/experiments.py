@@ -29,7 +29,8 @@ from model import Config, Decoder, backbone_flops  # noqa: E402
 from plumbing import processes  # noqa: E402
 from plumbing.commands import Parser, UserError, command, filled, path  # noqa: E402
 from plumbing.files import read_file, write_atomically  # noqa: E402
-from plumbing.logs import read_run, series  # noqa: E402
+from plumbing.logs import layer_series, read_run, series  # noqa: E402
+from plumbing.phases import FEWEST_PROBES, holds, phase  # noqa: E402
 from plumbing.text import is_validation  # noqa: E402
 from probe import effective_rank, run_with_gradient  # noqa: E402
 
@@ -383,7 +384,8 @@ def collect(folder):
 
 
 def figures_of(config, lines):
-    """What a run cost and what it reached."""
+    """What a run cost and what it reached. "curve" holds [updates, 10^12 FLOPs, validation loss] of
+    each evaluation."""
     steps, loss = series(lines, "val_loss")
     flops, _ = series(lines, "val_loss", x="flops")
     n_lm = sum(line.get("kind") == "lm" for line in lines)
@@ -399,13 +401,38 @@ def figures_of(config, lines):
         "val_loss": round(loss[-1], 4),
         "lowest": {"val_loss": round(loss[best], 4), "step": int(steps[best]),
                    "tflop": round(flops[best] / 1e12, 2)},
-        "curve": [[int(step), round(value, 4)] for step, value in zip(steps, loss)]}
+        "curve": [[int(step), round(cost / 1e12, 2), round(value, 4)]
+                  for step, cost, value in zip(steps, flops, loss)]}
+    figures["probes"] = probe_curves(lines)
     for key in ("fewshot_after", "fewshot_after_stderr", "fewshot_prototype", "fewshot_stderr",
                 "fewshot_lookup"):
         _, values = series(lines, key)
         if len(values):
             figures[key] = round(values[-1], 4)
     return figures
+
+
+def probe_curves(lines):
+    """{probe: {"steps", "mean": over layers, "rise_and_fall", "fall_and_rise": numbers of layers}}
+    of a log. Ranks are shares of the full rank, and entropy is a share of the largest."""
+    paths = [("head_entropy", "normalised")]
+    for line in lines:
+        if "proportional_effective_rank" in line:
+            paths += [("proportional_effective_rank", name)
+                      for name in line["proportional_effective_rank"]]
+            break
+    curves = {}
+    for path in paths:
+        steps, values = layer_series(lines, *path)  # (S,), (S, layers)
+        if len(steps) < FEWEST_PROBES:
+            continue
+        verdicts = [phase(steps, layer)["verdict"] for layer in values.T]
+        name = "entropy" if path[0] == "head_entropy" else path[1]
+        curves[name] = {
+            "steps": steps.astype(int).tolist(), "mean": values.mean(axis=1).round(3).tolist(),
+            "rise_and_fall": sum(holds(verdict, "rises, falls") for verdict in verdicts),
+            "fall_and_rise": sum(holds(verdict, "falls, rises") for verdict in verdicts)}
+    return curves
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_a_run_with_a_change_records_it_and_resumes_with_it(text_file, cache, tm
     noisy, plain = experiments.collect(tmp_path)["runs"]
     assert noisy["changes"] == "dropout=0.5 layers=2" and noisy["next_token_steps"] == 2
     assert noisy["tokens_read"] == 2 * 4 * 32
-    assert noisy["curve"][-1] == [2, noisy["val_loss"]]
+    assert noisy["curve"][-1] == [2, noisy["tflop"], noisy["val_loss"]]
     # The first evaluation sees the same weights without dropout. The last sees other weights.
     assert noisy["curve"][0] == plain["curve"][0] and noisy["curve"][-1] != plain["curve"][-1]
     longer = [*flags, "--name", "noisy", "--steps", "3", "--resume"]
@@ -242,3 +242,38 @@ def test_articles_keep_their_side_of_the_split(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "TEXT_SIZES", (90,))
     with pytest.raises(experiments.UserError, match="name more WikiText files"):
         experiments.write_articles([source], tmp_path / "prose-90")
+
+
+def log_of(losses, meta_steps=()):
+    """The log of a run with one evaluation per update; each update costs 3 TFLOP and is logged."""
+    lines = []
+    for step, loss in enumerate(losses):
+        cost = {"step": step, "tokens": 0, "flops": 3e12 * step, "seconds": 0}
+        if step:
+            lines.append(cost | {"kind": "meta" if step in meta_steps else "lm", "loss": 1.0})
+        lines.append(cost | {"val_loss": loss})
+    return lines
+
+
+def test_figures_of_a_run_by_hand():
+    config = {"name": "a", "seed": 3, "meta": True, "hybrid_ratio": 0.5, "data": "x",
+              "vocab_size": 9, "corpus_sha256": "0", "steps": 4, "batch_size": 8, "seq_len": 10}
+    found = experiments.figures_of(config, log_of([9.0, 5.0, 3.0, 4.0, 4.5], meta_steps=(3,)))
+    assert found["val_loss"] == 4.5 and found["tflop"] == 12
+    assert found["lowest"] == {"val_loss": 3.0, "step": 2, "tflop": 6.0}
+    assert found["next_token_steps"] == 3 and found["tokens_read"] == 3 * 8 * 10
+    assert found["curve"] == [[0, 0, 9.0], [1, 3, 5.0], [2, 6, 3.0], [3, 9, 4.0], [4, 12, 4.5]]
+    assert found["probes"] == {} and found["changes"] == ""
+
+
+def test_probe_curves_count_layers_by_shape():
+    """Of two layers, one rises and falls and one falls. Entropy is the mean over heads."""
+    lines = []
+    for i, t in enumerate(np.linspace(0, 1, 21)):
+        lines.append({"step": i, "proportional_effective_rank": {"hidden": [4 * t * (1 - t), -t]},
+                      "head_entropy": {"normalised": [[t, 0.5], [0.5, 0.5]]}})
+    curves = experiments.probe_curves(lines)
+    assert curves["hidden"]["rise_and_fall"] == 1 and curves["hidden"]["fall_and_rise"] == 0
+    assert curves["hidden"]["mean"][10] == pytest.approx((1 - 0.5) / 2)
+    assert curves["entropy"]["mean"][-1] == pytest.approx((0.75 + 0.5) / 2)
+    assert experiments.probe_curves(lines[:5]) == {}
