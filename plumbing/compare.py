@@ -212,7 +212,7 @@ def notes(groups):
     several_seeds = any(len(figures["runs"]) > 1 for figures in groups.values())
     spread = "+- is the standard deviation over seeds" if several_seeds else (
         "with one seed each, the spread over seeds is unknown")
-    lines = [f"* on queries that the previous-token look-up cannot answer; {spread}"]
+    lines = [f"* on new queries, where the previous-token look-up must guess; {spread}"]
     if chance:
         lines.append(f"chance is {chance[0]:.1%}")
     errors = [figures[key]["mean"] for figures in groups.values()

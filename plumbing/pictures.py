@@ -130,7 +130,7 @@ def draw_accuracy(ax, lines, last):
         x, y = series(lines, key)
         if len(x):
             newest[key] = y[-1]
-            # Dashed: only the queries that the look-up cannot answer.
+            # Dashed: only the new queries, where the look-up must guess.
             style = "--" if label.endswith("*") else "-"
             plot_evaluations(ax, x, 100 * y, colour, f"{label}: {y[-1]:.0%}", style)
     for key, style, label in (("fewshot_lookup", "--", "previous-token look-up"),
@@ -140,7 +140,7 @@ def draw_accuracy(ax, lines, last):
             newest[key] = y[-1]
             ax.axhline(100 * y[-1], color="grey", linestyle=style, label=f"{label}: {y[-1]:.0%}")
     mark_first_meta_step(ax, lines)
-    label_panel(ax, accuracy_sentence(newest), "% right\n(* where the look-up fails)")
+    label_panel(ax, accuracy_sentence(newest), "% right\n(* new queries: the look-up must guess)")
     ax.set_ylim(bottom=0)
     log_steps(ax, last)
     legend_below(ax)
@@ -232,7 +232,8 @@ def draw_accuracy_bars(ax, entries, colours):
     ax.margins(y=0.1)
     # The title is the sentence of the first group that adapts.
     adapting = [sentence for sentence in sentences if sentence.startswith("Adapting")]
-    label_panel(ax, (adapting + sentences)[0], "% right", "* where the look-up fails", width=44)
+    label_panel(ax, (adapting + sentences)[0], "% right", "* new queries: the look-up must guess",
+                width=44)
     legend_below(ax)
 
 
