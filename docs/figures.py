@@ -143,6 +143,8 @@ def draw_one_step(ax, start, task):
     arrow(ax, path[0], second_order, GREEN, "gradient through the inner loop: MAML")
     for name, point in (("θ", path[0]), ("φ", path[-1])):
         ax.annotate(name, point.tolist(), (-20, 4), textcoords="offset points", fontsize=18)
+    # On equal axes the gradients are perpendicular to the contours.
+    ax.set_aspect("equal")
     cosine = F.cosine_similarity(first_order, second_order, dim=0)
     label_panel(ax, "One outer step: FOMAML and MAML move in similar directions "
                     f"(cosine {cosine:.2f})", "second weight",
@@ -164,6 +166,7 @@ def draw_many_steps(ax, start, unseen, tasks):
             ax.plot(*end.numpy(), "o", color=colour)
     ax.plot(*torch.stack(walk).T.numpy(), ".-", color=ORANGE,
             label=f"θ over {OUTER_STEPS} outer steps")
+    ax.set_aspect("equal")
     label_panel(ax, f"After sixty outer steps, {INNER_STEPS} inner steps reach "
                     f"{loss_after(walk[-1], unseen):.2f} nats of query loss on unseen tasks "
                     f"({loss_after(walk[0], unseen):.2f} before)", "second weight",
