@@ -438,13 +438,18 @@ def probe_curves(lines):
 # ---- the command -------------------------------------------------------------------------------
 
 def parse(argv=None):
+    """The arguments. Those after a "--" are flags of train.py."""
+    argv, flags = (sys.argv[1:] if argv is None else argv), []
+    if "--" in argv:
+        middle = argv.index("--")
+        argv, flags = argv[:middle], argv[middle + 1:]
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
-    one = commands.add_parser("train", help="train a run with changes")
+    one = commands.add_parser("train", help="train a run with changes, and flags of train.py "
+                                            "after --")
     one.add_argument("changes", nargs="*", type=filled, metavar="CHANGE[=VALUE]",
                      help="; ".join(f"{name}: {' '.join(change.__doc__.split())}"
                                     for name, change in CHANGES.items()))
-    one.add_argument("flags", nargs=argparse.REMAINDER, help="-- and then flags of train.py")
     plan = commands.add_parser("plan", help="print the commands of an experiment")
     plan.add_argument("name", choices=PLANS)
     articles = commands.add_parser("articles", help="split WikiText files into articles")
@@ -453,14 +458,18 @@ def parse(argv=None):
     collecting = commands.add_parser("collect", help="write the figures of runs as JSON")
     collecting.add_argument("folder", type=path, help="folder of finished runs")
     collecting.add_argument("--out", type=path, required=True, help="JSON file to write")
-    return parser.parse_args(argv), parser
+    args = parser.parse_args(argv)
+    args.flags = flags
+    if flags and args.what != "train":
+        parser.error("only `train` takes flags after --")
+    return args, parser
 
 
 @command
 def main():
     args, _ = parse()
     if args.what == "train":
-        sys.exit(train_with_changes(args.changes, [f for f in args.flags if f != "--"]))
+        sys.exit(train_with_changes(args.changes, args.flags))
     elif args.what == "plan":
         print("\n".join(PLANS[args.name]()))
     elif args.what == "articles":

@@ -205,13 +205,14 @@ def test_a_change_that_does_not_exist(texts, complaint):
 def test_plans_have_only_flags_and_changes_that_exist(name):
     names = []
     for line in experiments.PLANS[name]():
-        _, script, *rest = shlex.split(line)
+        _, script, *flags = shlex.split(line)
         if script == "docs/experiments.py":
-            changes, flags = rest[1:rest.index("--")], rest[rest.index("--") + 1:]
-            assert all(change.partition("=")[0] in experiments.CHANGES for change in changes)
+            args, _ = experiments.parse(flags)
+            assert args.what == "train" and args.changes
+            assert all(change.partition("=")[0] in experiments.CHANGES for change in args.changes)
+            flags = args.flags
         else:
             assert script == "train.py"
-            flags = rest
         args, _ = train_flags.parse({"11m": 96}, flags)
         names.append(args.name)
     assert len(set(names)) == len(names) > 8
