@@ -104,6 +104,7 @@ class EpisodeSampler:
 
     def make_episode(self, classes, support, query):
         """Build the Episode of classes (N,) from the positions support (N, K) and query (N, Q)."""
+        # Labels are fresh, because `draw` put the classes in a new random order.
         labels = torch.arange(self.n_way)
         support_labels = labels.repeat_interleave(self.k_shot)
         query_labels = labels.repeat_interleave(self.n_query)

@@ -32,6 +32,7 @@ from plumbing.live import serve
 from plumbing.logs import read_run
 from plumbing.phases import phase_count_table, phase_counts, phase_table, phases
 from plumbing.pictures import draw_comparison, save_dynamics, save_figure
+from plumbing.summary import last_losses
 from plumbing.tokenizer import END, load_encoding
 
 # Validation windows in the batch on which train.py probes.
@@ -270,6 +271,7 @@ def main():
         return
     settings, run_phases = found[0]
     print(settings["name"])
+    print(last_losses(logs[0][1]))
     print(phase_table(run_phases))
     print(f"\nwritten: {folders[0] / 'dynamics.png'}, {folders[0] / 'phases.json'}")
 

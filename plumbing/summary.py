@@ -2,6 +2,7 @@
 import math
 
 from plumbing.fewshot import FEWEST_WAYS
+from plumbing.logs import series
 from plumbing.play import N_WAY
 
 # The status line averages over this many updates of a kind.
@@ -12,6 +13,14 @@ ACCURACIES = {
     "fewshot_before": ("meta head before adapting", None),
     "fewshot_after": ("meta head after adapting", "fewshot_after_stderr"),
 }
+
+
+def last_losses(lines, most=4):
+    """The last validation losses of a log in words, which show whether they were still falling."""
+    steps, losses = series(lines, "val_loss")
+    found = [f"{loss:.3f} at update {step:,.0f}"
+             for step, loss in zip(steps[-most:], losses[-most:])]
+    return f"validation loss, nats per token: {', '.join(found)}"
 
 
 def status(lines):

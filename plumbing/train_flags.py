@@ -64,7 +64,7 @@ def add_first_flags(add, sizes):
         help="mix in meta steps: first-order MAML on episodes. Without this flag every update "
              "predicts the next token, which is the baseline of all comparisons")
     add("--size", choices=sizes, default="11m",
-        help="parameters of the decoder, with the default vocabulary. The time grows as fast")
+        help="parameters of the decoder, with the default vocabulary. The time grows with it")
     add("--vocab-size", type=number(int, 260, 65536), default=50304, metavar="V",
         help="tokens in the vocabulary. 4096 is several times faster on a CPU, but losses of "
              "different vocabularies cannot be compared")

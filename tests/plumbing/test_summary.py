@@ -1,7 +1,7 @@
 """The status line of a run that goes on, and the report at its end."""
 import pytest
 
-from plumbing.summary import status, summary
+from plumbing.summary import last_losses, status, summary
 
 SETTINGS = {"n_way": 8, "k_shot": 4, "device_name": "a computer", "unigram": 7.0, "bigram": 6.5}
 
@@ -17,6 +17,14 @@ def test_status_holds_the_newest_of_each_kind():
     expected = "loss 4.00, val 4.50, query 25% (chance 12%), 2 skipped, 2,000 tok/s"
     assert status(lines) == expected
     assert status(lines[-1:]) == "val 4.50"
+
+
+def test_the_last_losses_show_whether_they_still_fell():
+    lines = [{"step": 1000 * i, "val_loss": 9.0 - i} for i in range(5)]
+    lines.insert(3, {"step": 2500, "loss": 1.0})
+    assert last_losses(lines, most=2) == (
+        "validation loss, nats per token: 6.000 at update 3,000, 5.000 at update 4,000")
+    assert last_losses(lines[:1]) == "validation loss, nats per token: 9.000 at update 0"
 
 
 def test_status_averages_recent_updates_of_a_kind():
