@@ -370,17 +370,19 @@ def arrange(name, training, validation):
 # ---- figures -----------------------------------------------------------------------------------
 
 def collect(folder):
-    """{"machine", "runs": [the figures of each run in the folder]}, sorted by name."""
+    """{"machines", "runs": [the figures of each finished run in the folder]}, sorted by name.
+    Raises UserError if there are none."""
     found, machines = [], set()
     for config in sorted(folder.glob("*/config.json")):
         settings, lines, notes = read_run(config.parent)
         if notes:
-            raise UserError(f"{notes[0]}: finish the run first, or move it")
+            print(f"left out: {notes[0]}", file=sys.stderr)
+            continue
         machines.add(settings.get("device_name"))
         found.append(figures_of(json.loads(read_file(config)), lines))
     if not found:
-        raise UserError(f"{folder} holds no runs: name the folder that --runs named")
-    return {"machine": sorted(map(str, machines)), "runs": found}
+        raise UserError(f"{folder} holds no finished runs: name the folder that --runs named")
+    return {"machines": sorted(map(str, machines)), "runs": found}
 
 
 def figures_of(config, lines):

@@ -188,6 +188,8 @@ def test_a_run_with_a_change_records_it_and_resumes_with_it(text_file, cache, tm
     assert noisy["curve"][-1] == [2, noisy["tflop"], noisy["val_loss"]]
     # The first evaluation sees the same weights without dropout. The last sees other weights.
     assert noisy["curve"][0] == plain["curve"][0] and noisy["curve"][-1] != plain["curve"][-1]
+    with pytest.raises(experiments.UserError, match="no finished runs"):
+        experiments.collect(tmp_path / "noisy")
     longer = [*flags, "--name", "noisy", "--steps", "3", "--resume"]
     with pytest.raises(experiments.UserError, match="other flags"):
         experiments.train_with_changes(["layers=2"], longer)
