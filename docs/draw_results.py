@@ -8,56 +8,73 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from plumbing.commands import Parser, command  # noqa: E402
 from plumbing.files import read_file  # noqa: E402
 from plumbing.pictures import (  # noqa: E402
-    BLUE, GREEN, ORANGE, PINK, SKY, YELLOW, label_panel, legend_below, new_figure, save_figure)
+    BLUE, GREEN, ORANGE, PINK, label_panel, legend_below, new_figure, save_figure)
 from plumbing.statistics import mean_and_spread  # noqa: E402
 
 
 # ---- little text -------------------------------------------------------------------------------
 
 def little_text(figure, results):
-    """Loss against budget, for vanilla and hybrid runs, and for rivals."""
+    """Loss against cost, and against passes over the text, for vanilla runs, hybrid runs, and
+    rivals."""
     groups = group_seeds(results["runs"])
-    ax = figure.subplots()
+    cost_ax, passes_ax = figure.subplots(1, 2)
     best = {}
-    for kind, colour in (("vanilla", BLUE), ("hybrid", ORANGE)):
+    for kind, colour, style in (("vanilla", BLUE, "o-"), ("hybrid", ORANGE, "s-")):
         mine = [group for group in groups if group["kind"] == kind]
-        points = sorted((group["tflop"], group["loss"], group["sd"]) for group in mine)
-        best[kind] = min(loss for _, loss, _ in points)
-        tflop, loss, sd = zip(*points)
-        ax.errorbar(tflop, loss, sd, fmt="o-", color=colour, linewidth=2, capsize=4,
-                    label=f"{kind}: at the end of runs of different length")
-        longest = max(mine, key=lambda group: group["tflop"])
-        ax.plot(*zip(*longest["on_the_way"]), ":", color=colour,
-                label=f"{kind}: on the way of the longest run")
-    colours = {"dropout": GREEN, "mask-inputs": PINK, "weight-decay": SKY, "layers": YELLOW}
+        best[kind] = min(group["loss"] for group in mine)
+        for ax, x in ((cost_ax, "tflop"), (passes_ax, "passes")):
+            points = sorted((group[x], group["loss"], group["sd"]) for group in mine)
+            place, loss, sd = zip(*points)
+            ax.errorbar(place, loss, sd, fmt=style, color=colour, linewidth=2, capsize=4,
+                        markersize=8, label=kind)
     rivals = [group for group in groups if group["kind"] == "rival"]
-    for group in sorted(rivals, key=lambda group: group["loss"]):
-        colour = next((colours[name] for name in colours if name in group["label"]), "grey")
-        ax.errorbar(group["tflop"], group["loss"], group["sd"], fmt="s", color=colour, capsize=4)
-        ax.annotate(group["label"], (group["tflop"], group["loss"]), (8, -4),
-                    textcoords="offset points", fontsize=12, color=colour)
-    ax.set_xscale("log")
-    ticks = [8, 17, 35, 70, 100]
-    ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    ax.minorticks_off()
+    for group in rivals:
+        for ax, x in ((cost_ax, "tflop"), (passes_ax, "passes")):
+            ax.errorbar(group[x], group["loss"], group["sd"], fmt="D", color=GREEN, capsize=4)
+            ax.annotate(group["label"], (group[x], group["loss"]), (9, -4),
+                        textcoords="offset points", fontsize=13, color=GREEN)
     winner = min(groups, key=lambda group: group["loss"])
-    label_panel(ax, f"1 MB of prose: the best vanilla run ends at {best['vanilla']:.2f} nats per "
-                    f"token, the best hybrid run at {best['hybrid']:.2f}, and the best of all "
-                    f"({winner['label']}) at {winner['loss']:.2f}",
-                "validation loss, nats per token", "training cost, 10^12 FLOPs", width=110)
-    legend_below(ax)
+    label_panel(cost_ax, f"The best vanilla run ends at {best['vanilla']:.2f} nats, the best hybrid "
+                         f"run at {best['hybrid']:.2f}, and the best of all ({winner['label']}) at "
+                         f"{winner['loss']:.2f}",
+                "validation loss, nats per token", "cost of training, 10^12 FLOPs", width=70)
+    gaps = [f"{gap:+.2f}".replace("-", "−") for gap in gaps_at_equal_passes(groups)]
+    label_panel(passes_ax, "After equally many passes over the text, hybrid runs differ from the "
+                           f"vanilla curve by {', '.join(gaps)} nats", "",
+                "passes of next-token steps over the text", width=70)
+    for ax, ticks in ((cost_ax, (9, 17, 35, 70, 105)), (passes_ax, (2, 4, 8, 16))):
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
+        ax.minorticks_off()
+        legend_below(ax)
+
+
+def gaps_at_equal_passes(groups):
+    """The loss of each hybrid run, by passes, minus that of vanilla runs after equally many passes
+    over the text. The vanilla curve is interpolated between runs, not extended beyond them."""
+    curve = sorted((group["passes"], group["loss"])
+                   for group in groups if group["kind"] == "vanilla")
+    places, losses = zip(*curve)
+    gaps = []
+    for group in sorted(groups, key=lambda group: group["passes"]):
+        if group["kind"] == "hybrid" and places[0] <= group["passes"] <= places[-1]:
+            vanilla = np.interp(np.log(group["passes"]), np.log(places), losses)
+            gaps.append(group["loss"] - vanilla)
+    return gaps
 
 
 def group_seeds(runs):
     """Runs that differ only in their seed, as one dict each: its mean loss at the end and the
-    standard deviation over seeds (0 for one seed), kind, label, cost, and the losses on the way of
-    the first seed as [(10^12 FLOPs, nats)]."""
+    standard deviation over seeds (0 for one seed), kind, label, cost in 10^12 FLOPs, and passes."""
     found = {}
     for run in runs:
         key = (run["meta"], run["hybrid_ratio"], run["changes"], run["steps"])
@@ -68,11 +85,10 @@ def group_seeds(runs):
         plain = not changes and ratio in (None, 0.5)
         kind = ("hybrid" if meta else "vanilla") if plain else "rival"
         first = members[0]
-        on_the_way = [(tflop, loss) for step, tflop, loss in first["curve"] if step > 0.2 * steps]
         label = kind if plain else changes or f"hybrid ratio {ratio}"
         groups.append({"kind": kind, "label": label.replace("=", " "), "tflop": first["tflop"],
-                       "loss": spread["mean"], "sd": spread["sd"] or 0, "seeds": len(members),
-                       "on_the_way": on_the_way})
+                       "passes": first["passes"], "loss": spread["mean"],
+                       "sd": spread["sd"] or 0, "seeds": len(members)})
     return groups
 
 
@@ -116,7 +132,7 @@ def two_phases(figure, results):
 @command
 def main():
     Parser(description="Draw the pictures of docs/results.md.").parse_args()
-    for name, draw, size in (("little-text", little_text, (17, 10)),
+    for name, draw, size in (("little-text", little_text, (20, 10)),
                              ("two-phases", two_phases, (22, 12))):
         source = HERE / "results" / f"{name}.json"
         if not source.exists():

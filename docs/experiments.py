@@ -371,7 +371,8 @@ def arrange(name, training, validation):
 
 def collect(folder):
     """{"machines", "runs": [the figures of each finished run in the folder]}, sorted by name.
-    Raises UserError if there are none."""
+    "passes" says how often a run's next-token steps read the text. The text must still be where
+    --data found it. Raises UserError, also if there are no finished runs."""
     found, machines = [], set()
     for config in sorted(folder.glob("*/config.json")):
         settings, lines, notes = read_run(config.parent)
@@ -379,7 +380,12 @@ def collect(folder):
             print(f"left out: {notes[0]}", file=sys.stderr)
             continue
         machines.add(settings.get("device_name"))
-        found.append(figures_of(json.loads(read_file(config)), lines))
+        config = json.loads(read_file(config))
+        figures = figures_of(config, lines)
+        corpus = data.load(config["data"], config["tokenizer"], config["vocab_size"],
+                           config["cache"], quiet=True)
+        passes = figures["tokens_read"] / len(corpus.train)
+        found.append(figures | {"passes": round(passes, 2)})
     if not found:
         raise UserError(f"{folder} holds no finished runs: name the folder that --runs named")
     return {"machines": sorted(map(str, machines)), "runs": found}

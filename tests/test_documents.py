@@ -11,7 +11,7 @@ from conftest import ROOT
 from plumbing import train_flags
 
 DOCUMENTS = ["README.md", "docs/results.md", "docs/teaching.md"]
-SCRIPTS = ["data", "model", "meta", "probe", "train", "ner"]
+SCRIPTS = ["data", "model", "meta", "probe", "train", "ner", "experiments"]
 README_LINES, README_WORDS = 380, 3800
 WIDEST_LINE = 100
 
@@ -40,6 +40,7 @@ def anchors_of(text):
 def parse(monkeypatch, script, flags):
     """Let a script read its flags, and do nothing else."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    monkeypatch.syspath_prepend(ROOT / "docs")  # for experiments.py
     importlib.import_module(script).parse()
 
 

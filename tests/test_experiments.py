@@ -185,6 +185,8 @@ def test_a_run_with_a_change_records_it_and_resumes_with_it(text_file, cache, tm
     noisy, plain = experiments.collect(tmp_path)["runs"]
     assert noisy["changes"] == "dropout=0.5 layers=2" and noisy["next_token_steps"] == 2
     assert noisy["tokens_read"] == 2 * 4 * 32
+    n_tokens = len(data.load(text_file, vocab_size=2048, cache=cache, quiet=True).train)
+    assert noisy["passes"] == round(2 * 4 * 32 / n_tokens, 2)
     assert noisy["curve"][-1] == [2, noisy["tflop"], noisy["val_loss"]]
     # The first evaluation sees the same weights without dropout. The last sees other weights.
     assert noisy["curve"][0] == plain["curve"][0] and noisy["curve"][-1] != plain["curve"][-1]
