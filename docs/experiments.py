@@ -445,6 +445,15 @@ def probe_curves(lines):
 
 # ---- the command -------------------------------------------------------------------------------
 
+def changes_in_words():
+    """The changes and what they do, for --help."""
+    found = []
+    for name, change in CHANGES.items():
+        description = " ".join(change.__doc__.split())
+        found.append(f"{name}: {description.rstrip('.')}")
+    return "; ".join(found)
+
+
 def parse(argv=None):
     """The arguments. Those after a "--" are flags of train.py."""
     argv, flags = (sys.argv[1:] if argv is None else argv), []
@@ -456,8 +465,7 @@ def parse(argv=None):
     one = commands.add_parser("train", help="train a run with changes, and flags of train.py "
                                             "after --")
     one.add_argument("changes", nargs="*", type=filled, metavar="CHANGE[=VALUE]",
-                     help="; ".join(f"{name}: {' '.join(change.__doc__.split())}"
-                                    for name, change in CHANGES.items()))
+                     help=changes_in_words())
     plan = commands.add_parser("plan", help="print the commands of an experiment")
     plan.add_argument("name", choices=PLANS)
     articles = commands.add_parser("articles", help="split WikiText files into articles")
