@@ -22,11 +22,9 @@ from plumbing.statistics import mean_and_spread  # noqa: E402
 
 # ---- little text -------------------------------------------------------------------------------
 
-# change in the runs -> its label, where that is drawn from its point, and how it is aligned there
-RIVALS = {"dropout=0.1": ("dropout 0.1", (9, 2), "left"),
-          "mask-inputs=0.15": ("15 % of inputs masked", (9, -22), "left"),
-          "shuffle-labels": ("labels shuffled", (-9, -8), "right"),
-          "name-words": ("meta steps name the words", (9, -4), "left")}
+# change in the runs -> its label, and how far above its point that is drawn, in points
+RIVALS = {"dropout=0.1": ("dropout 0.1", -6), "mask-inputs=0.15": ("15 % of inputs masked", -24),
+          "shuffle-labels": ("labels shuffled", 5), "name-words": ("meta steps name words", -4)}
 
 
 def little_text(figure, results):
@@ -47,8 +45,8 @@ def little_text(figure, results):
     for group in rivals:
         for ax, x in ((cost_ax, "tflop"), (passes_ax, "passes")):
             ax.errorbar(group[x], group["loss"], group["sd"], fmt="D", color=GREEN, capsize=4)
-            ax.annotate(group["label"], (group[x], group["loss"]), group["offset"],
-                        textcoords="offset points", ha=group["align"], fontsize=13, color=GREEN)
+            ax.annotate(group["label"], (group[x], group["loss"]), (9, group["height"]),
+                        textcoords="offset points", fontsize=13, color=GREEN)
     winner = min(groups, key=lambda group: group["loss"])
     label_panel(cost_ax, f"The best vanilla run ends at {best['vanilla']:.2f} nats, the best hybrid "
                          f"run at {best['hybrid']:.2f}, and the best of all ({winner['label']}) at "
@@ -62,6 +60,7 @@ def little_text(figure, results):
         ax.set_xscale("log")
         ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
         ax.minorticks_off()
+        ax.margins(y=0.08)
         legend_below(ax)
 
 
@@ -93,9 +92,8 @@ def group_seeds(runs):
         kind = ("hybrid" if meta else "vanilla") if plain else "rival"
         first = members[0]
         label = kind if plain else changes or f"hybrid ratio {ratio}"
-        label, offset, align = RIVALS.get(changes, (label, (9, -4), "left"))
-        groups.append({"kind": kind, "label": label, "offset": offset, "align": align,
-                       "tflop": first["tflop"],
+        label, height = RIVALS.get(changes, (label, -4))
+        groups.append({"kind": kind, "label": label, "height": height, "tflop": first["tflop"],
                        "passes": first["passes"], "loss": spread["mean"],
                        "sd": spread["sd"] or 0, "seeds": len(members)})
     return groups
