@@ -48,9 +48,9 @@ def little_text(figure, results):
             ax.annotate(group["label"], (group[x], group["loss"]), (9, group["height"]),
                         textcoords="offset points", fontsize=13, color=GREEN)
     winner = min(groups, key=lambda group: group["loss"])
-    label_panel(cost_ax, f"The best vanilla run ends at {best['vanilla']:.2f} nats, the best hybrid "
-                         f"run at {best['hybrid']:.2f}, and the best of all ({winner['label']}) at "
-                         f"{winner['loss']:.2f}",
+    label_panel(cost_ax, f"The best vanilla run ends at {best['vanilla']:.2f} nats, the best "
+                         f"hybrid run at {best['hybrid']:.2f}, and the best of all "
+                         f"({winner['label']}) at {winner['loss']:.2f}",
                 "validation loss, nats per token", "cost of training, 10^12 FLOPs", width=70)
     gaps = [f"{gap:+.2f}".replace("-", "−") for gap in gaps_at_equal_passes(groups)]
     label_panel(passes_ax, "After equally many passes over the text, hybrid runs differ from the "
