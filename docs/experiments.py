@@ -391,6 +391,12 @@ def collect(folder):
     return {"machines": sorted(map(str, machines)), "runs": found}
 
 
+def as_json(result):
+    """The result of collect as JSON, with a line for each run."""
+    runs = ",\n".join(json.dumps(run) for run in result["runs"])
+    return f'{{"machines": {json.dumps(result["machines"])}, "runs": [\n{runs}\n]}}\n'
+
+
 def figures_of(config, lines):
     """What a run cost and what it reached. "curve" holds [updates, 10^12 FLOPs, validation loss] of
     each evaluation."""
@@ -493,7 +499,7 @@ def main():
             print(file)
     elif args.what == "collect":
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out, json.dumps(collect(args.folder), indent=1) + "\n")
+        write_atomically(args.out, as_json(collect(args.folder)))
         print(args.out)
 
 

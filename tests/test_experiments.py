@@ -182,7 +182,9 @@ def test_a_run_with_a_change_records_it_and_resumes_with_it(text_file, cache, tm
     assert experiments.train_with_changes(changes, [*flags, "--name", "noisy"]) == 0
     config = json.loads((tmp_path / "noisy" / "config.json").read_text())
     assert config["changes"] == "dropout=0.5 layers=2"
-    noisy, plain = experiments.collect(tmp_path)["runs"]
+    result = experiments.collect(tmp_path)
+    assert json.loads(experiments.as_json(result)) == result
+    noisy, plain = result["runs"]
     assert noisy["changes"] == "dropout=0.5 layers=2" and noisy["next_token_steps"] == 2
     assert noisy["tokens_read"] == 2 * 4 * 32
     n_tokens = len(data.load(text_file, vocab_size=2048, cache=cache, quiet=True).train)
