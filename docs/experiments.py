@@ -267,6 +267,9 @@ def little_text_plan():
     commands = []
     for steps in (600, 1200, 2400, 4800):
         commands.append(f"python train.py {text} --steps {steps} --name vanilla-{steps} {sparse}")
+    for seed in (1, 2):
+        commands.append(f"python train.py {text} --steps 1200 --seed {seed} "
+                        f"--name vanilla-1200-s{seed} {sparse}")
     for steps in (800, 1600, 3200, 4800):
         commands.append(f"python train.py {text} --meta --steps {steps} --name hybrid-{steps} "
                         f"{sparse}")
