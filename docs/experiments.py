@@ -275,15 +275,16 @@ def little_text_plan():
                         f"{sparse}")
     for rival in ("--steps 2400 weight-decay=0.3", "--steps 2400 weight-decay=1",
                   "--steps 4800 weight-decay=1", "--steps 2400 dropout=0.1",
+                  "--steps 2400 --seed 1 --name dropout-0.1-2400-s1 dropout=0.1",
                   "--steps 4800 dropout=0.1", "--steps 4800 dropout=0.2",
                   "--steps 2400 mask-inputs=0.15", "--steps 4800 mask-inputs=0.15",
                   "--steps 5370 layers=4", "--meta --steps 1600 shuffle-labels",
                   "--meta --steps 3200 shuffle-labels", "--meta --steps 1050 name-words",
                   "--meta --steps 2100 name-words"):
         flags, _, change = rival.rpartition(" ")
-        name = f"{change.replace('=', '-')}-{flags.split()[-1]}"
-        commands.append(f"python docs/experiments.py train {change} -- {text} {flags} "
-                        f"--name {name} {sparse}")
+        if "--name" not in flags:
+            flags += f" --name {change.replace('=', '-')}-{flags.split()[-1]}"
+        commands.append(f"python docs/experiments.py train {change} -- {text} {flags} {sparse}")
     for steps in (1300, 2600):
         commands.append(f"python train.py {text} --meta --hybrid-ratio 0.75 --steps {steps} "
                         f"--name ratio-0.75-{steps} {sparse}")
