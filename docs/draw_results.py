@@ -22,9 +22,11 @@ from plumbing.statistics import mean_and_spread  # noqa: E402
 
 # ---- little text -------------------------------------------------------------------------------
 
-# change in the runs -> its label, and how far above its point that is drawn, in points
-RIVALS = {"dropout=0.1": ("dropout 0.1", -6), "mask-inputs=0.15": ("15 % of inputs masked", -24),
-          "shuffle-labels": ("labels shuffled", 5), "name-words": ("meta steps name words", 9)}
+# change in the runs -> its label, and where that is drawn, in points to the right and above
+RIVALS = {"dropout=0.1": ("dropout 0.1", (9, -4)),
+          "mask-inputs=0.15": ("15 % of inputs masked", (9, -33)),
+          "shuffle-labels": ("labels shuffled", (-55, -22)),
+          "name-words": ("meta steps name words", (9, 9))}
 
 
 def little_text(figure, results):
@@ -45,7 +47,7 @@ def little_text(figure, results):
     for group in rivals:
         for ax, x in ((cost_ax, "tflop"), (passes_ax, "passes")):
             ax.errorbar(group[x], group["loss"], group["sd"], fmt="D", color=GREEN, capsize=4)
-            ax.annotate(group["label"], (group[x], group["loss"]), (9, group["height"]),
+            ax.annotate(group["label"], (group[x], group["loss"]), group["offset"],
                         textcoords="offset points", fontsize=13, color=GREEN)
     winner = min(groups, key=lambda group: group["loss"])
     label_panel(cost_ax, f"The best vanilla run ends at {best['vanilla']:.2f} nats, the best "
@@ -92,8 +94,8 @@ def group_seeds(runs):
         kind = ("hybrid" if meta else "vanilla") if plain else "rival"
         first = members[0]
         label = kind if plain else changes or f"hybrid ratio {ratio}"
-        label, height = RIVALS.get(changes, (label, -4))
-        groups.append({"kind": kind, "label": label, "height": height, "tflop": first["tflop"],
+        label, offset = RIVALS.get(changes, (label, (9, -4)))
+        groups.append({"kind": kind, "label": label, "offset": offset, "tflop": first["tflop"],
                        "passes": first["passes"], "loss": spread["mean"],
                        "sd": spread["sd"] or 0, "seeds": len(members)})
     return groups
