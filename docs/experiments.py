@@ -219,6 +219,8 @@ CHANGES = {"dropout": change_dropout, "weight-decay": change_weight_decay,
            "name-words": change_name_words, "shuffle-labels": change_shuffle_labels,
            "min-count": change_min_count, "init": change_init,
            "more-probes": change_more_probes}
+# These have no effect without --meta.
+META_CHANGES = {"name-words", "shuffle-labels"}
 
 
 def train_with_changes(texts, flags):
@@ -233,6 +235,9 @@ def train_with_changes(texts, flags):
         except ValueError:
             raise UserError(f"{text[:40]}: {value[:40]} is not a number") from None
     args, _ = train.parse(flags)
+    without_effect = META_CHANGES.intersection(texts)
+    if without_effect and not args.meta:
+        raise UserError(f"{min(without_effect)} changes meta steps only: add --meta after --")
     args.changes = " ".join(texts)  # goes to config.json with the flags
     train.evaluate = partial(without_noise, train.evaluate)
     train.measure = partial(without_noise, train.measure)

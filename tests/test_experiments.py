@@ -201,7 +201,8 @@ def test_a_run_with_a_change_records_it_and_resumes_with_it(text_file, cache, tm
 
 
 @pytest.mark.parametrize("texts, complaint", [(["droput=1"], "droput is no change"),
-                                              (["dropout=x"], "x is not a number")])
+                                              (["dropout=x"], "x is not a number"),
+                                              (["shuffle-labels"], "add --meta")])
 def test_a_change_that_does_not_exist(texts, complaint):
     with pytest.raises(experiments.UserError, match=complaint):
         experiments.train_with_changes(texts, [])
